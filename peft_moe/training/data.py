@@ -1,0 +1,201 @@
+"""Loading of training text, shared by all recipes and by evaluation.
+
+Three kinds of records are accepted, as TRL's ``SFTTrainer`` reads them: ``prompt`` + ``completion``
+(two strings or two message lists), ``messages``, or ``text``. Other columns (``domain``) are kept.
+What a trainer would misread in silence (ShareGPT roles, an empty completion) is refused here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+
+# In TRL's own order: a record with a `prompt` is read as prompt + completion before anything else.
+KINDS: dict[str, tuple[str, ...]] = {
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+SHAREGPT = (
+    "this is ShareGPT: rename the column to `messages`, and in every turn `from` to `role` "
+    "(human -> user, gpt -> assistant) and `value` to `content`"
+)
+# The first row whose columns are all present gives the advice.
+FIXES: dict[tuple[str, ...], str] = {
+    ("conversations",): SHAREGPT,
+    ("instruction", "output"): "join `instruction` and `input` as `prompt`, rename `output` to "
+    "`completion`",
+    ("question", "answer"): "rename `question` to `prompt` and `answer` to `completion`",
+    ("prompt", "response"): "rename `response` to `completion`",
+    ("chosen", "rejected"): "preference pairs are for DPO; here rename `chosen` to `completion`",
+    ("input", "output"): "rename `input` to `prompt` and `output` to `completion`",
+    ("input_ids",): "this is tokenised already; pass the text it was made from",
+    ("content",): "rename `content` to `text`",
+}
+
+Source = str | os.PathLike[str]
+
+
+def text_kind(columns: Sequence[str]) -> str | None:
+    """The kind of records that ``columns`` make (a key of `KINDS`), or None if they make none."""
+    return next((kind for kind, need in KINDS.items() if set(need) <= set(columns)), None)
+
+
+def load_text_dataset(
+    source: Source | Sequence[Source] | Mapping[str, Source],
+    split: str | None = None,
+    *,
+    config: str | None = None,
+) -> Dataset:
+    """Load text for training or evaluation and check every record.
+
+    Args:
+        source: a ``.jsonl`` or ``.json`` file, a directory written by ``save_to_disk``, or the
+            name of a dataset on the Hub; a list of these (concatenated); or a dict
+            ``{domain: source}``, whose keys become the column ``domain``.
+        split: which split of a dataset that has several, "train" by default; files have one.
+        config: the configuration of a Hub dataset ("main" of ``openai/gsm8k``).
+
+    Returns:
+        Records of one kind with their other columns, except columns of another kind (`prompt`
+        beside `messages`): a trainer would take the wrong one.
+
+    Raises:
+        ValueError: for every fault of the data; the message names the place and the remedy.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _load_one(source, split, config)
+    if not source:
+        raise ValueError("No training data: the list of sources is empty.")
+    if isinstance(source, Mapping):
+        names = [str(one) for one in source.values()]
+        parts = []
+        for domain, one in source.items():
+            part = _load_one(one, split, config)
+            kept = part.remove_columns([c for c in part.column_names if c == "domain"])
+            parts.append(kept.add_column("domain", [domain] * len(kept)))
+    else:
+        names = [str(one) for one in source]
+        parts = [_load_one(one, split, config) for one in source]
+    kinds = {name: text_kind(part.column_names) for name, part in zip(names, parts, strict=True)}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"Sources of one dataset must be of one kind, got {kinds}. Convert one.")
+    try:
+        return concatenate_datasets(parts)
+    except (ValueError, TypeError) as error:  # e.g. string prompts beside message lists
+        files = ", ".join(names)
+        raise ValueError(f"{files}: types differ ({error}). Convert or drop columns.") from error
+
+
+def _load_one(source: Source, split: str | None, config: str | None) -> Dataset:
+    name = os.path.expanduser(os.fspath(source))
+    path = Path(name)
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        if not any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            inside = ", ".join(sorted(p.name for p in path.glob("*.json*"))) or "a .jsonl file"
+            raise ValueError(f"{name} is not a directory saved by `datasets`; name {inside}.")
+        data: Any = load_from_disk(name)
+    else:
+        if path.suffix in (".json", ".jsonl") or path.is_absolute() or name.startswith("."):
+            raise ValueError(f"{name}: no such file (working directory: {Path.cwd()}).")
+        data = load_dataset(name, config)
+    if isinstance(data, DatasetDict):
+        if (wanted := split or "train") not in data:
+            raise ValueError(f"{name} has no split {wanted!r}; it has {', '.join(data)}.")
+        data = data[wanted]
+    kind = _check_columns(name, data.column_names, len(data))
+    for index, row in enumerate(data.select_columns(list(KINDS[kind]))):
+        _check_record(kind, row, f"{name}, record {index}")
+    return _drop_other_kinds(data, kind)
+
+
+def _from_file(path: Path) -> Dataset:
+    if path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{path}: files must be .jsonl or .json, not {path.suffix!r}. Convert it.")
+    numbered = list(_records(path, path.read_text(encoding="utf-8-sig")))
+    columns = list(dict.fromkeys(key for _, row in numbered for key in row))
+    kind = _check_columns(str(path), columns, len(numbered))
+    for where, row in numbered:
+        _check_record(kind, row, f"{path}, {where}")
+    try:
+        data = Dataset.from_dict({key: [row.get(key) for _, row in numbered] for key in columns})
+    except (ValueError, TypeError) as error:  # pyarrow's: a column of strings and numbers
+        raise ValueError(f"{path}: a column mixes types ({error}). Give it one type.") from error
+    return _drop_other_kinds(data, kind)
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("line 3", record); a .json file may also be one list of records ("item 3")."""
+    whole = path.suffix == ".json" and text.lstrip().startswith("[")
+    # Not splitlines(): U+2028 and friends are legal inside a JSON string.
+    chunks = [text] if whole else text.split("\n")
+    for number, chunk in enumerate(chunks, start=1):
+        if not chunk.strip():
+            continue
+        try:
+            parsed = json.loads(chunk)
+        except json.JSONDecodeError as error:
+            place = f"{path}, line {number + error.lineno - 1}"
+            raise ValueError(f"{place}: not JSON ({error}). Write one object per line.") from error
+        for index, item in enumerate(parsed if whole else [parsed]):
+            where = f"item {index}" if whole else f"line {number}"
+            if not isinstance(item, dict):
+                raise ValueError(f"{path}, {where}: {item!r:.40} is not a JSON object.")
+            yield where, item
+
+
+def _check_columns(name: str, columns: list[str], count: int) -> str:
+    if count == 0:
+        raise ValueError(f"{name} is empty: no records to train on.")
+    kind = text_kind(columns)
+    if kind:
+        return kind
+    advice = next((fix for has, fix in FIXES.items() if set(has) <= set(columns)), None)
+    if advice is None:
+        missing = [n for need in KINDS.values() for n in need if n not in columns]
+        near = [(difflib.get_close_matches(n, columns, 1, 0.75), n) for n in missing]
+        renames = [f"rename `{match[0]}` to `{n}`" for match, n in near if match]
+        half = [f"add `{n}`" for n in KINDS["prompt_completion"] if n in missing]
+        advice = " and ".join(renames or (half if len(half) == 1 else ["rename a column"]))
+    found, needed = ", ".join(columns), "`prompt` + `completion`, or `messages`, or `text`"
+    raise ValueError(f"{name} has columns {found}; needed: {needed}. Fix: {advice}.")
+
+
+def _check_record(kind: str, row: Mapping[str, Any], where: str) -> None:
+    for column in KINDS[kind]:
+        value = row.get(column)
+        if kind != "text" and isinstance(value, list):
+            _check_messages(value, f"{where}, `{column}`")
+        elif not isinstance(value, str) or kind == "messages":
+            need = "a list of messages" if kind == "messages" else "a string"
+            raise ValueError(f"{where}: `{column}` must be {need}, got {type(value).__name__}.")
+        elif column != "prompt" and not value.strip():
+            raise ValueError(f"{where}: `{column}` is empty. Fill it or drop the record.")
+    if kind == "prompt_completion" and type(row["prompt"]) is not type(row["completion"]):
+        raise ValueError(f"{where}: `prompt` and `completion` must both be strings or both lists.")
+
+
+def _check_messages(messages: list[Any], where: str) -> None:
+    if not messages:
+        raise ValueError(f"{where} is empty. Fill it or drop the record.")
+    for message in messages:
+        if isinstance(message, Mapping) and {"from", "value"} <= set(message):
+            raise ValueError(f"{where}: {SHAREGPT}.")
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(f"{where}: every message needs `role` and `content`, got {message!r}.")
+        if (role := message["role"]) in ROLES:
+            raise ValueError(f"{where}: role {role!r} is ShareGPT's; write {ROLES[role]!r}.")
+
+
+def _drop_other_kinds(data: Dataset, kind: str) -> Dataset:
+    others = {c for need in KINDS.values() for c in need} - set(KINDS[kind])
+    return data.remove_columns(sorted(others & set(data.column_names)))
