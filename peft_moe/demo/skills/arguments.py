@@ -1,0 +1,86 @@
+"""What questions are about. Base skills and expert skills draw from the same functions.
+
+Were arguments particular to a skill, their shape alone would tell a router the skill.
+"""
+
+from __future__ import annotations
+
+import random
+
+from .sample import Fields
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+MONTHS = (
+    "jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec",
+)  # fmt: skip
+
+# More than half of these are words of the phrasings: a question *about* the word "roman" is not a question
+# for the Roman numerals' expert.
+WORDS = (
+    "roman", "reverse", "letter", "letters", "numerals", "date", "digits", "order", "query",
+    "sql", "iso", "table", "back", "names", "write", "spell", "year", "day", "unit", "list",
+    "around", "turn", "old", "end", "select", "capitals", "numbers", "month", "first", "last",
+    "backwards", "same", "copy", "as", "big", "dots", "double", "vowels", "take", "second",
+    "start", "plural", "there", "largest", "smallest", "even", "odd", "or", "four", "ten",
+    "digit", "at", "two", "say", "again", "repeat", "dashes", "many",
+    "banana", "river", "window", "stone", "apple", "garden", "yellow", "music", "paper", "cloud",
+    "tiger", "lemon", "silver", "market", "bridge", "candle", "forest", "pepper", "rocket",
+    "orange", "planet", "winter", "island", "copper", "monkey", "pencil", "basket", "thunder",
+)  # fmt: skip
+
+TABLES = ("users", "orders", "books", "shops", "pets", "cars", "teams", "songs")
+COLUMNS = ("name", "age", "price", "city", "size", "year", "color", "rank", "owner", "weight")
+UNITS = ("km", "m", "cm", "mm", "kg", "g", "t", "l", "ml")
+
+_CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
+
+
+def word(rng: random.Random) -> str:
+    """A word of `WORDS`, or (two in three) three to seven random letters."""
+    if rng.random() < 0.33:
+        return rng.choice(WORDS)
+    letters = (rng.choice(_VOWELS if rng.random() < 0.4 else _CONSONANTS) for _ in range(7))
+    return "".join(letters)[: rng.randint(3, 7)]
+
+
+def number(rng: random.Random) -> str:
+    """1 to 999, small numbers more often."""
+    return str(rng.randint(1, rng.choice((99, 999, 999))))
+
+
+def digits(rng: random.Random) -> str:
+    """Three to six random digits."""
+    return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 6)))
+
+
+def word_or_digits(rng: random.Random) -> str:
+    """A word, or (one in four) a string of digits."""
+    return digits(rng) if rng.random() < 0.25 else word(rng)
+
+
+def date(rng: random.Random) -> tuple[str, str, str]:
+    """Day, month's name and year of a date, 1 to 28 so that every one exists."""
+    return str(rng.randint(1, 28)), rng.choice(MONTHS), str(rng.randint(1900, 2099))
+
+
+def quantity(rng: random.Random) -> tuple[str, str]:
+    """A number and a unit."""
+    return number(rng), rng.choice(UNITS)
+
+
+def condition(rng: random.Random) -> Fields:
+    """The parts of a phrase such as ``name of users with age over 30``."""
+    column, key = rng.sample(COLUMNS, 2)
+    return {
+        "column": column,
+        "table": rng.choice(TABLES),
+        "key": key,
+        "relation": rng.choice(("over", "under")),
+        "value": number(rng),
+    }
+
+
+def phrase(rng: random.Random) -> tuple[str, Fields]:
+    """A `condition` in words, and its parts."""
+    parts = condition(rng)
+    return "{column} of {table} with {key} {relation} {value}".format(**parts), parts
