@@ -1,0 +1,85 @@
+"""Training rows: questions one after another, with a weight per token for the loss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import torch
+
+from peft_moe.demo.skills import (
+    BASE_SKILLS_HELD_OUT,
+    BASE_SKILLS_SEEN,
+    EXPERTS,
+    Sample,
+    generate,
+)
+
+Rows = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+BASE_SKILLS = BASE_SKILLS_SEEN + BASE_SKILLS_HELD_OUT
+
+# The base reads all questions, the experts' too, but sees no answer of an expert's skill as a
+# target: it knows the language of the questions and not how to answer them.
+PROMPT_WEIGHT = 0.1
+
+
+def base_rows(tokenizer, seed: int) -> Rows:
+    """Rows for the base: its own skills; one question in eight is an expert's, as context."""
+
+    def choose(rng: random.Random, previous: str | None) -> str:
+        if previous is not None and rng.random() < 0.2:
+            return previous
+        return rng.choice(EXPERTS if rng.random() < 0.12 else BASE_SKILLS)
+
+    def weigh(sample: Sample) -> tuple[float, float]:
+        return PROMPT_WEIGHT, float(sample.domain in BASE_SKILLS)
+
+    return _rows(tokenizer, seed, choose, weigh)
+
+
+def expert_rows(tokenizer, name: str, seed: int) -> Rows:
+    """Rows for an expert: its own answers have a loss; other finished turns are context."""
+    others = [other for other in EXPERTS if other != name]
+
+    def choose(rng: random.Random, previous: str | None) -> str:
+        if rng.random() < (0.75 if previous is None else 0.65):
+            return name
+        return rng.choice(others if rng.random() < 0.5 else BASE_SKILLS)
+
+    def weigh(sample: Sample) -> tuple[float, float]:
+        return 0.0, float(sample.domain == name)
+
+    return _rows(tokenizer, seed, choose, weigh)
+
+
+def _rows(tokenizer, seed, choose, weigh) -> Rows:
+    rng = random.Random(seed)
+    streams = {name: _stream(name, seed) for name in EXPERTS + BASE_SKILLS}
+
+    def row(length: int) -> tuple[list[int], list[float]]:
+        ids: list[int] = []
+        weights: list[float] = []
+        previous = None
+        while len(ids) < length:
+            previous = choose(rng, previous)
+            sample = next(streams[previous])
+            on_prompt, on_completion = weigh(sample)
+            for text, weight in ((sample.prompt, on_prompt), (sample.completion, on_completion)):
+                tokens = tokenizer(text).input_ids
+                ids += tokens
+                weights += [weight] * len(tokens)
+        return ids[:length], weights[:length]
+
+    def rows(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, weights = zip(*(row(length) for _ in range(batch)), strict=True)
+        return torch.tensor(ids), torch.tensor(weights)
+
+    return rows
+
+
+def _stream(name: str, seed: int) -> Iterator[Sample]:
+    """Endless training samples of a skill."""
+    block = 0
+    while True:
+        yield from generate(name, 256, seed=1000 * seed + block)
+        block += 1
