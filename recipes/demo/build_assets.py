@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rows import base_rows, expert_rows
+from rows import Rows, base_rows, expert_rows
+from torch import nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_moe.demo
@@ -30,23 +32,34 @@ from peft_moe.demo.tokenizer import demo_tokenizer
 
 ASSETS = Path(peft_moe.demo.__file__).parent / "assets"
 LENGTHS = (96, 288)  # one question or two from the start of a text, and many in a row
-TOKENS_PER_STEP = 4096
-
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    steps: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    tokens_per_step: int
+
+
+BASE_SCHEDULE = Schedule(1400, 2.0e-3, warmup=100, weight_decay=0.05, tokens_per_step=4096)
+EXPERT_SCHEDULE = Schedule(500, 2.0e-3, warmup=20, weight_decay=0.0, tokens_per_step=2048)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One expert's training. The experts differ as adapters from different authors would."""
+    """One expert's adapter. The experts differ as those of different authors would."""
 
     rank: int
     alpha: int
     seed: int
     use_rslora: bool = False
     targets: list[str] = field(default_factory=lambda: list(LINEARS))
-    learning_rate: float = 2.0e-3
-    steps: int = 400
 
 
 RECIPES = {
@@ -58,20 +71,20 @@ RECIPES = {
 }
 
 
-def train(model, rows, steps, learning_rate, warmup, weight_decay, name):
+def train(model: nn.Module, rows: Rows, plan: Schedule, name: str) -> None:
     """AdamW with warm-up and a cosine; the loss is weighted per token by the rows."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay
+        parameters, plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
     )
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [warmup])
+    warm = lr_scheduler.LinearLR(optimizer, 1 / plan.warmup, total_iters=plan.warmup)
+    cosine = lr_scheduler.CosineAnnealingLR(optimizer, plan.steps - plan.warmup)
+    schedule = lr_scheduler.SequentialLR(optimizer, [warm, cosine], [plan.warmup])
     model.train()
     start = time.time()
-    for step in range(steps):
+    for step in range(plan.steps):
         length = LENGTHS[step % len(LENGTHS)]
-        ids, weights = rows(TOKENS_PER_STEP // length, length)
+        ids, weights = rows(plan.tokens_per_step // length, length)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         losses = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
@@ -81,11 +94,11 @@ def train(model, rows, steps, learning_rate, warmup, weight_decay, name):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == plan.steps - 1:
             print(f"{name} step {step} loss {loss:.4f} {time.time() - start:.0f} s", flush=True)
 
 
-def build_base(steps: int, seed: int) -> None:
+def build_base(seed: int) -> None:
     """Train the base from scratch and write it with its tokenizer."""
     torch.manual_seed(seed)
     tokenizer = demo_tokenizer()
@@ -103,8 +116,7 @@ def build_base(steps: int, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    rows = base_rows(tokenizer, seed)
-    train(model, rows, steps, 2.0e-3, warmup=100, weight_decay=0.05, name="base")
+    train(model, base_rows(tokenizer, seed), BASE_SCHEDULE, name="base")
     folder = ASSETS / "base"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -125,7 +137,7 @@ def build_expert(name: str) -> None:
     )
     model = get_peft_model(base, config)
     rows = expert_rows(demo_tokenizer(), name, recipe.seed)
-    train(model, rows, recipe.steps, recipe.learning_rate, 20, weight_decay=0.0, name=name)
+    train(model, rows, EXPERT_SCHEDULE, name=name)
     folder = ASSETS / "experts" / name
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
@@ -142,11 +154,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the demo's assets.")
     parser.add_argument("what", choices=("base", "experts"))
     parser.add_argument("--only", nargs="+", default=EXPERTS, choices=EXPERTS)
-    parser.add_argument("--steps", type=int, default=1400, help="steps of the base")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "base":
-        build_base(arguments.steps, seed=0)
+        build_base(seed=0)
     else:
         for name in arguments.only:
             build_expert(name)
