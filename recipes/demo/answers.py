@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
-
 from peft_moe.demo import asset_path
 from peft_moe.demo.skills import BASE, EXPERTS, Sample
 from peft_moe.demo.tokenizer import demo_tokenizer
+from transformers import LlamaForCausalLM
 
 BATCH = 100
 

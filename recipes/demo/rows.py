@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
-
 from peft_moe.demo.skills import (
     BASE_SKILLS_HELD_OUT,
     BASE_SKILLS_SEEN,
