@@ -156,8 +156,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_columns(name: str, columns: list[str], count: int) -> str:
     if count == 0:
         raise ValueError(f"{name} is empty: no records to train on.")
-    kind = text_kind(columns)
-    if kind:
+    if kind := text_kind(columns):
         return kind
     advice = next((fix for has, fix in FIXES.items() if set(has) <= set(columns)), None)
     if advice is None:
