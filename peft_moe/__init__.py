@@ -1,0 +1,26 @@
+"""peft-moe: several trained LoRA adapters of one base, one gated model.
+
+Importing this package registers the method "MOLORA" with PEFT, after which ``get_peft_model``,
+``PeftModel.from_pretrained`` and transformers' own adapter loading know it.
+"""
+
+from .config import MoLoraConfig
+from .errors import PeftMoeError
+from .registration import register
+from .routers import Scorer, register_router
+from .routing import Routing, record_routing, routing_inputs
+
+register()
+del register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MoLoraConfig",
+    "PeftMoeError",
+    "Routing",
+    "Scorer",
+    "record_routing",
+    "register_router",
+    "routing_inputs",
+]

@@ -1,0 +1,105 @@
+"""Reading one call of the base model: which tokens are real, which are prompt, what came before.
+
+Letters: B batch, T sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PeftMoeError
+from .routing import RoutingContext, current_inputs
+
+IGNORE = -100
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``model``, by name; those after a ``*args`` are left out."""
+    if not args:
+        return kwargs
+    names = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def past_length(call: dict[str, Any]) -> int:
+    """How many tokens the KV cache already holds; 0 without a cache."""
+    cache = call.get("past_key_values")
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return 0
+    return int(cache.get_seq_length())
+
+
+def read_call(call: dict[str, Any], *, causal: bool) -> RoutingContext:
+    """The context of one forward pass, from the model's own arguments and from ``routing_inputs``.
+
+    Args:
+        call: arguments by name; ``input_ids`` or ``inputs_embeds``, ``attention_mask`` (2-D, the 4-D
+            one of static caches, or a dict of such) and ``labels`` are looked at.
+        causal: whether the model generates, so that ignored labels mark its prompt. In an encoder
+            they mark tokens that are not scored, which says nothing about prompts.
+    """
+    tokens = call.get("input_ids")
+    if tokens is None:
+        tokens = call.get("inputs_embeds")
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        return RoutingContext()
+    shape = (tokens.shape[0], tokens.shape[1])
+    context = RoutingContext(real=_real_tokens(call.get("attention_mask"), shape), shape=shape)
+    inputs = current_inputs()
+    if inputs is not None and inputs.domains is not None:
+        context.domains = inputs.domains.to(tokens.device)
+    if inputs is not None and inputs.prompt_mask is not None:
+        _set_prompt(context, inputs.prompt_mask.to(tokens.device).bool(), shape)
+    elif causal and _is_per_token(call.get("labels"), shape):
+        _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape)
+    return context
+
+
+def _is_per_token(labels: Any, shape: tuple[int, int]) -> bool:
+    return isinstance(labels, Tensor) and tuple(labels.shape) == shape
+
+
+def _real_tokens(mask: Any, shape: tuple[int, int]) -> Tensor | None:
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor):
+        return None
+    length = shape[1]
+    if mask.dim() == 2:
+        # With a cache the mask also covers the past; this call's tokens are the last ones.
+        return mask[:, -length:].bool()
+    if mask.dim() == 4:
+        # A real token attends at least to itself; a padded row or column attends to nothing.
+        # Boolean masks say True for "attend", additive ones say 0.
+        attends = mask if mask.dtype == torch.bool else mask == 0
+        last_query_T = attends[:, 0, -1, :]
+        return last_query_T[:, :length] if attends.shape[-2] == length else None
+    return None
+
+
+def _set_prompt(context: RoutingContext, prompt_BT: Tensor, shape: tuple[int, int]) -> None:
+    if tuple(prompt_BT.shape) != shape:
+        raise PeftMoeError(
+            f"prompt_mask is {tuple(prompt_BT.shape)}, this call has {shape} tokens; "
+            "pass a mask of exactly this call's tokens"
+        )
+    if context.real is not None:
+        prompt_BT = prompt_BT & context.real
+    # A turn begins wherever prompt tokens follow others; padding before the first belongs to turn 0.
+    starts_BT = prompt_BT & ~torch.nn.functional.pad(prompt_BT, (1, 0))[:, :-1]
+    context.prompt = prompt_BT
+    turns_B = starts_BT.sum(-1)
+    # The only place that reads a value back from the device; decoding steps carry no prompt mask.
+    most, fewest = torch.stack((turns_B.max(), turns_B.min())).tolist() if len(turns_B) else (1, 1)
+    context.prompt_missing = fewest == 0
+    if most > 1:
+        context.num_segments = int(most)
+        context.segment = (starts_BT.cumsum(-1) - 1).clamp_min(0)

@@ -1,0 +1,120 @@
+"""From a config to the factors of each layer: fresh, read from adapters, or still to be loaded.
+
+Letters: I in, O out, R total rank.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from ..config import MoLoraConfig
+from ..errors import PeftMoeError
+from ..ops import RankMap
+from .adapters import ExpertFile, open_experts
+from .spec import ExpertSpec
+
+
+@dataclass
+class ExpertPlan:
+    """What goes where in one injection.
+
+    Attributes:
+        specs: the experts, in the mixture's order.
+        files: their opened adapters; empty if they are fresh or embedded.
+        awaited: the weights come later, from a saved mixture.
+        init_weights: fresh experts start with B = 0.
+    """
+
+    specs: list[ExpertSpec]
+    files: list[ExpertFile] = field(default_factory=list)
+    awaited: bool = False
+    init_weights: bool = True
+
+    def rank_map(self, module_name: str) -> RankMap:
+        """Which rank of the module belongs to which expert."""
+        return RankMap(
+            tuple(spec.rank_in(module_name) for spec in self.specs),
+            tuple(spec.scaling_in(module_name) for spec in self.specs),
+        )
+
+    def factors(self, module_name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [R, O] of one module.
+
+        Experts of different dtypes take the widest, which holds each of them exactly.
+        """
+        ranks = self.rank_map(module_name)
+        if self.files:
+            pairs = [f.read(module_name) for f in self.files if f.spec.rank_in(module_name)]
+            dtype = pairs[0][0].dtype
+            for pair in pairs:
+                dtype = torch.promote_types(dtype, torch.promote_types(pair[0].dtype, pair[1].dtype))
+            A_RI = torch.cat([a.to(dtype) for a, _ in pairs])
+            B_RO = torch.cat([b.to(dtype).T for _, b in pairs])
+            return A_RI, B_RO
+        if self.awaited:
+            return (
+                torch.full((ranks.total, in_features), torch.nan),
+                torch.full((ranks.total, out_features), torch.nan),
+            )
+        return _fresh_factors(ranks.total, in_features, out_features, zero=self.init_weights)
+
+
+def _fresh_factors(rank: int, in_features: int, out_features: int, *, zero: bool) -> tuple[Tensor, Tensor]:
+    # As PEFT's LoRA starts: A drawn, B zero, so that the mixture begins as the base.
+    A_RI, B_RO = torch.empty(rank, in_features), torch.zeros(rank, out_features)
+    nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
+    if not zero:
+        nn.init.kaiming_uniform_(B_RO, a=math.sqrt(5))
+    return A_RI, B_RO
+
+
+def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
+    """Open, check and describe the experts of a config; nothing of the base is touched.
+
+    A config with adapters is changed in place: ``experts`` becomes the records of what was read, and an
+    open ``target_modules`` the union of what the adapters adapt.
+
+    Raises:
+        PeftMoeError: an adapter that does not fit, see :func:`open_experts`.
+    """
+    sources = config.sources()
+    if not sources:
+        plan = ExpertPlan(config.specs(), awaited=config.experts_embedded, init_weights=config.init_weights)
+        _record(config, plan)
+        return plan
+    files = open_experts(sources, base, allow_base_mismatch=config.allow_base_mismatch)
+    plan = ExpertPlan([f.spec for f in files], files=files)
+    adapted = {module for f in files for module in f.modules}
+    if config.target_modules is None:
+        config.target_modules = adapted  # type: ignore[assignment]  # PEFT keeps targets as a set
+    elif config.target_modules != "all-linear":
+        _warn_left_out(config, files)
+    _record(config, plan)
+    return plan
+
+
+def _record(config: MoLoraConfig, plan: ExpertPlan) -> None:
+    config.train_experts = config.experts_train
+    config.experts = [spec.to_record() for spec in plan.specs]
+
+
+def _warn_left_out(config: MoLoraConfig, files: list[ExpertFile]) -> None:
+    for file in files:
+        left_out = [name for name in file.modules if not check_target_module_exists(config, name)]
+        if len(left_out) == len(file.modules):
+            raise PeftMoeError(
+                f"expert {file.spec.name!r}: target_modules leaves out every module it adapts, such as "
+                f"{left_out[0]}; leave target_modules out to take all of them"
+            )
+        if left_out:
+            warnings.warn(
+                f"expert {file.spec.name!r} also adapts {len(left_out)} modules that target_modules leaves "
+                f"out, such as {left_out[0]}; its output will differ from the adapter's own",
+                stacklevel=2,
+            )

@@ -1,0 +1,255 @@
+"""A linear layer of the base with a gated mixture of LoRA experts on it.
+
+The base layer is a black box: nn.Linear, GPT-2's Conv1D, and every quantised linear that gives its
+sizes. Letters: N tokens, I in, O out, R total rank, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import PeftMoeError
+from .model_router import model_decision
+from .ops import RankMap, folded_delta, mix_stacked
+from .routers import Router
+from .routing import Routing, current_context, report
+from .sharing import MixtureLayer, block_decision
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(I, O) of a linear-like layer, None for anything else."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd | nn.Bilinear):
+        return None
+    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(in_features, int) and isinstance(out_features, int):
+        return in_features, out_features
+    return None
+
+
+class MoLoraLayer(nn.Module, MixtureLayer):
+    """Experts of every adapter on one linear layer.
+
+    ``molora_A.<adapter>`` holds the experts' A factors on one rank axis [R, I], ``molora_B.<adapter>``
+    their B factors [R, O]: expert-major and transposed against LoRA, so that an expert is one slab of
+    each. Both are plain ``nn.Linear`` modules, the only containers that PEFT's casts, loaders and
+    copies all leave alone.
+    """
+
+    adapter_layer_names = ("molora_A", "molora_B", "molora_router")
+    other_param_names = ("rank_maps", "scopes")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        sizes = linear_sizes(self.get_base_layer())
+        if sizes is None:
+            raise PeftMoeError(
+                f"{name} is a {type(self.get_base_layer()).__name__}, which is not linear-like; "
+                "take it out of target_modules"
+            )
+        self.in_features, self.out_features = sizes
+        self.molora_A = nn.ModuleDict()
+        self.molora_B = nn.ModuleDict()
+        self.molora_router = nn.ModuleDict()
+        self.rank_maps: dict[str, RankMap] = {}
+        self.scopes: dict[str, str] = {}
+        # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
+        self.awaited: set[str] = set()
+        self._start_empty()
+
+    def add_mixture(
+        self,
+        adapter: str,
+        A_RI: Tensor,
+        B_RO: Tensor,
+        rank_map: RankMap,
+        *,
+        scope: str,
+        router: Router | None,
+        experts_train: bool,
+    ) -> None:
+        """Put a mixture on this layer.
+
+        Args:
+            adapter: the adapter's name.
+            A_RI, B_RO: the experts' factors on one rank axis, in the dtype they came in.
+            rank_map: which rank belongs to which expert.
+            scope: who decides: "module", "block" or "model".
+            router: this layer's own router, for scope "module"; None where it is shared.
+            experts_train: False declares the experts frozen to PEFT, which then keeps them so.
+        """
+        self.molora_A[adapter] = _factor(A_RI)
+        self.molora_B[adapter] = _factor(B_RO)
+        self.rank_maps[adapter] = rank_map
+        self.scopes[adapter] = scope
+        frozen: tuple[str, ...] = () if experts_train else ("molora_A", "molora_B")
+        if router is not None:
+            self.molora_router[adapter] = router
+            if not router.trainable:
+                frozen += ("molora_router",)
+        self.frozen_peft_weight_names[adapter] = frozen
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus every active mixture's; [..., I] to [..., O]."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        context = current_context()
+        if self.disable_adapters or self.merged or (context is not None and context.probing):
+            return result
+        for adapter in self.active_adapters:
+            if adapter in self.molora_A:
+                result = self._mix(adapter, x, result)
+        return result
+
+    def _mix(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        if adapter in self.awaited:
+            self._check_arrived(adapter)
+        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
+        gates_NE = _gates_per_token(self._decide(adapter, x), x)
+        mixed_NO = mix_stacked(
+            x.reshape(-1, x.shape[-1]),
+            A,
+            B,
+            gates_NE,
+            self.rank_maps[adapter],
+            result.reshape(-1, result.shape[-1]),
+        )
+        return mixed_NO.view(result.shape)
+
+    def _decide(self, adapter: str, x: Tensor) -> Routing:
+        scope = self.scopes[adapter]
+        if scope == "model":
+            return model_decision(adapter, self.name)
+        # A router wants [B, T, I]; a layer that sees loose tokens (a sparse base's expert) has one row.
+        tokens_BTI = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+        if scope == "block":
+            return block_decision(adapter, tokens_BTI, self.name)
+        routing: Routing = self.molora_router[adapter](tokens_BTI, current_context())
+        report(self.name, routing)
+        return routing
+
+    def _check_arrived(self, adapter: str) -> None:
+        # Such experts start as NaN; whoever loads them overwrites all of it, on whatever path.
+        if bool(torch.isnan(self.molora_A[adapter].weight.flatten()[0])):
+            raise PeftMoeError(
+                f"{self.name}: the config of adapter {adapter!r} describes experts whose weights were never "
+                "loaded; load the folder with PeftModel.from_pretrained, or give `experts` as adapter paths"
+            )
+        self.awaited.discard(adapter)
+
+    def constant_gates(self, adapter: str) -> Tensor:
+        """Gates [E] of a router that does not read its input.
+
+        Raises:
+            PeftMoeError: the gates depend on the input, so that there is nothing to merge.
+        """
+        router = self.molora_router[adapter] if adapter in self.molora_router else None
+        if router is None or router.reads_input:
+            raise PeftMoeError(
+                f"adapter {adapter!r} routes by its input, so it cannot be merged into one weight; "
+                "serve it with peft_moe imported, or use router='uniform', whose gates are constant"
+            )
+        probe_11I = torch.zeros(1, 1, self.in_features, device=self.molora_A[adapter].weight.device)
+        gates_E: Tensor = router(probe_11I).gates.reshape(-1)
+        return gates_E
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The weight change of a mixture with constant gates, in the base weight's orientation."""
+        delta_OI = folded_delta(
+            self.molora_A[adapter].weight,
+            self.molora_B[adapter].weight,
+            self.constant_gates(adapter),
+            self.rank_maps[adapter],
+        )
+        return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add constant-gate mixtures to the base weight; PEFT's contract.
+
+        Args:
+            safe_merge: check the merged weight for NaN and infinity before it replaces the old one.
+            adapter_names: which; None merges the active ones.
+
+        Raises:
+            PeftMoeError: gates that depend on the input, or non-finite merged weights.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.molora_A:
+                continue
+            weight = self._base_weight()
+            merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise PeftMoeError(f"{self.name}: merging adapter {adapter!r} gives NaN or infinity; check its experts")
+            self._set_base_weight(merged)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Subtract what was merged; exact up to rounding, as in PEFT."""
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.molora_A:
+                weight = self._base_weight()
+                self._set_base_weight(weight - self.get_delta_weight(adapter).to(weight.dtype))
+
+    def _base_weight(self) -> Tensor:
+        base_layer = self.get_base_layer()
+        backend = resolve_quantization_backend(base_layer)
+        weight: Tensor = base_layer.weight.data if backend is None else backend.get_base_weight(base_layer)
+        return weight
+
+    def _set_base_weight(self, weight: Tensor) -> None:
+        base_layer = self.get_base_layer()
+        backend = resolve_quantization_backend(base_layer)
+        if backend is None:
+            base_layer.weight.data = weight
+        else:
+            backend.set_base_weight(self, weight)
+
+    def expert_factors(self, adapter: str, expert: int) -> tuple[Tensor, Tensor] | None:
+        """A [r, I] and B [O, r] of one expert as they were read, bit for bit; None if it is not here."""
+        segment = self.rank_maps[adapter].slices()[expert]
+        if segment.start == segment.stop:
+            return None
+        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
+        return A.detach()[segment], B.detach()[segment].T
+
+    def extra_repr(self) -> str:
+        """Ranks of every adapter's experts."""
+        return ", ".join(f"{adapter}: ranks={m.ranks}" for adapter, m in self.rank_maps.items())
+
+
+def _factor(weight_RX: Tensor) -> nn.Linear:
+    # Made on "meta", so that no time goes into random numbers that the weight replaces at once.
+    linear = nn.Linear(weight_RX.shape[1], weight_RX.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_RX)
+    return linear
+
+
+def _gates_per_token(routing: Routing, x: Tensor) -> Tensor:
+    """[1, E] for constant gates, else [N, E] for the tokens of ``x`` [..., I]."""
+    gates = routing.gates
+    experts = gates.shape[-1]
+    if routing.is_constant:
+        return gates.reshape(1, experts)
+    tokens = x.numel() // x.shape[-1]
+    rows, columns = gates.shape[:2]
+    if columns == 1 and rows != tokens:
+        # One decision per sequence; the layer may see [B, T, I] or the same tokens flattened.
+        gates = gates.expand(rows, tokens // rows, experts)
+    if gates.shape[0] * gates.shape[1] != tokens:
+        raise PeftMoeError(
+            f"the decision covers {rows}×{columns} tokens, the layer was given {tuple(x.shape[:-1])}; "
+            "this layer sees other tokens than the router: use router_scope='module' or leave it out of "
+            "target_modules"
+        )
+    return gates.reshape(tokens, experts)

@@ -1,0 +1,62 @@
+"""What one looks at while a router trains: load, entropy, confidence. Pure functions, no gradients.
+
+Letters: B batch, T sequence, E experts, X experts plus the null expert.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .losses import decision_weights
+from .routing import Routing, RoutingContext, RoutingRecord
+
+
+def expert_load(routing: Routing, context: RoutingContext) -> Tensor:
+    """Share of the gate mass that each expert receives over real tokens, [E], sums to at most 1.
+
+    What is missing from 1 went to the null expert.
+    """
+    weights_BT = decision_weights(routing, context)
+    gates_BTE = routing.gates.detach().float()
+    mass_E = (gates_BTE * weights_BT[..., None]).sum(dim=(0, 1))
+    return mass_E / weights_BT.sum().clamp_min(1)
+
+
+def routing_entropy(routing: Routing, context: RoutingContext) -> Tensor:
+    """Mean entropy of the softmax of the scores, in [0, 1] (1 = all experts alike), a scalar.
+
+    It is divided by log X; a router with one column has entropy 0.
+    """
+    if routing.logits is None or routing.logits.shape[-1] == 1:
+        return torch.zeros(())
+    log_BTX = torch.log_softmax(routing.logits.detach().float(), dim=-1)
+    entropy_BT = -(log_BTX.exp() * log_BTX).sum(-1)
+    weights_BT = decision_weights(routing, context)
+    mean = (entropy_BT * weights_BT).sum() / weights_BT.sum().clamp_min(1)
+    return mean / math.log(routing.logits.shape[-1])
+
+
+def routing_summary(record: RoutingRecord, expert_names: list[str]) -> dict[str, float]:
+    """Load per expert and entropy, each the mean over the routers of the last forward pass.
+
+    Args:
+        record: from :func:`peft_moe.record_routing`.
+        expert_names: in the mixture's order.
+
+    Returns:
+        ``{"load/<expert>": share, "load/null": rest, "router_entropy": …}``; empty without decisions.
+    """
+    context = record.context
+    decisions = list(record.decisions.values())
+    if context is None or not decisions:
+        return {}
+    load_E = torch.stack([expert_load(r, context) for r in decisions]).mean(0)
+    entropy = torch.stack([routing_entropy(r, context).to(load_E.device) for r in decisions]).mean()
+    summary = {f"load/{name}": value for name, value in zip(expert_names, load_E.tolist(), strict=True)}
+    if any(r.logits is not None and r.logits.shape[-1] > len(expert_names) for r in decisions):
+        summary["load/null"] = max(0.0, 1.0 - float(load_E.sum()))
+    summary["router_entropy"] = float(entropy)
+    return summary

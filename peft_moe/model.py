@@ -1,0 +1,256 @@
+"""``MoLoraModel``: injects mixtures into a base, as a PEFT tuner."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from .config import MoLoraConfig
+from .errors import PeftMoeError
+from .experts.plan import plan_experts
+from .layer import MoLoraLayer
+from .model_router import ModelRouter
+from .routers import Router
+from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter
+from .taps import Tap, find_tap
+
+
+class MoLoraModel(BaseTuner):
+    """A base model with gated mixtures of LoRA experts in its linear layers.
+
+    Made by ``peft.get_peft_model(model, MoLoraConfig(…))``; see :class:`MoLoraConfig`.
+    """
+
+    prefix = "molora_"
+    tuner_layer_cls = MixtureLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's injection, with the experts checked before it and shared routers seated after it.
+
+        Raises:
+            PeftMoeError: a config, an adapter or a name that cannot work; the model is untouched.
+        """
+        # The caller keeps its config as it was, and can use it again on another model.
+        config: MoLoraConfig = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        _check_adapter_name(adapter_name, model)
+        tap, stack = _resolve_tap(config, model)
+        plan = plan_experts(config, model)
+        # Experts that were just read are real already; only a loader fills empty ones.
+        empty = low_cpu_mem_usage and plan.awaited
+        # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
+        self.__dict__["_injection"] = (plan, tap, stack)
+        try:
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=empty, state_dict=state_dict
+            )
+        finally:
+            self.__dict__.pop("_injection", None)
+        with init_empty_weights() if empty else nullcontext():
+            self._seat_routers(model, adapter_name, config, tap)
+
+    def _create_and_replace(
+        self,
+        peft_config: MoLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        plan, tap, stack = self.__dict__["_injection"]
+        rank_map = plan.rank_map(current_key)
+        below = tap is not None and tap.below == "base" and not tap.lies_above(stack, current_key)
+        if rank_map.total == 0 or below:
+            return
+        layer = target if isinstance(target, MoLoraLayer) else MoLoraLayer(target, current_key)
+        A_RI, B_RO = plan.factors(current_key, layer.in_features, layer.out_features)
+        scope = str(peft_config.router_scope)
+        router = Router(peft_config.router_settings(), layer.in_features) if scope == "module" else None
+        layer.add_mixture(
+            adapter_name,
+            A_RI,
+            B_RO,
+            rank_map,
+            scope=scope,
+            router=router,
+            experts_train=peft_config.experts_train,
+        )
+        if plan.awaited:
+            layer.awaited.add(adapter_name)
+        _place(layer, adapter_name)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version moves weights around, which breaks on empty ones over int8; ours are placed already.
+        setattr(parent, child_name, new_module)
+
+    def _seat_routers(self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None) -> None:
+        # Only now: a seat that exists before the first injection makes PEFT leave the base trainable.
+        seat = getattr(model, MODEL_SEAT, None)
+        if seat is None:
+            seat = ModelRouter(model)
+            setattr(model, MODEL_SEAT, seat)
+        seats: list[SharedRouter] = [seat]
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_A}
+        if tap is not None:
+            width = _hidden_size(model, layers)
+            seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
+        if config.router_scope == "block":
+            seats += _seat_blocks(model, adapter, config, layers)
+        device = next(iter(layers.values())).get_base_layer().weight.device if layers else torch.device("cpu")
+        for shared in seats:
+            if adapter in shared.molora_router and not _is_empty(shared.molora_router[adapter]):
+                shared.molora_router[adapter].to(device)
+            shared.enable_adapters(not self._any_disabled(layers))
+            shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _any_disabled(self, layers: dict[str, MoLoraLayer]) -> bool:
+        return any(layer.disable_adapters for layer in layers.values())
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Frozen experts keep the dtype they came in, so that each can be taken out bit for bit.
+        if self.peft_config[adapter_name].experts_train:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # A router has modules below the one that is named after the adapter.
+        pattern = rf"(\.{cls.prefix}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)"
+        return re.sub(pattern, r"\1", key)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's ``generate``; a decision per prompt holds for all of it, with or without a KV cache."""
+        seat: ModelRouter = getattr(self.model, MODEL_SEAT)
+        outer, seat.pinned = seat.pinned, {}
+        try:
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            seat.pinned = outer
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise PeftMoeError(
+                f"adapter_names={kwargs['adapter_names']!r}: one batch cannot use several mixtures yet; "
+                "run one batch per adapter with set_adapter()"
+            )
+        yield
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's merge, for mixtures whose gates do not depend on the input."""
+        self._refuse_input_dependent(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._refuse_input_dependent(adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for module in list(model.modules()):
+            for seat in (MODEL_SEAT, BLOCK_SEAT):
+                if isinstance(getattr(module, seat, None), SharedRouter):
+                    getattr(module, seat).detach_hooks()
+                    delattr(module, seat)
+        return model
+
+    def _refuse_input_dependent(self, adapter_names: list[str] | None) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for module in self.model.modules():
+            if isinstance(module, MoLoraLayer):
+                for adapter in names:
+                    if adapter in module.molora_A:
+                        module.constant_gates(adapter)
+
+
+def _check_adapter_name(adapter: str, model: nn.Module) -> None:
+    # PEFT saves and copies adapters by their name between dots; a name that is also a part of a module's
+    # path silently leaves tensors out of the file.
+    parts = {p for name, m in model.named_modules() if not isinstance(m, BaseTunerLayer) for p in name.split(".")}
+    inside = {a for m in model.modules() if isinstance(m, BaseTunerLayer) for a in m._get_available_adapters()}
+    if adapter in parts - inside or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter):
+        raise PeftMoeError(
+            f"adapter_name={adapter!r} is part of the base's module names or no plain name, so that PEFT could "
+            "not save it; choose another of letters, digits, '_' and '-'"
+        )
+
+
+def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:
+    shared = config.router_scope != "module"
+    if shared and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PeftMoeError(
+            f"router_scope={config.router_scope!r}: in an encoder-decoder, layers of one call see different "
+            "texts, so that one decision cannot serve them; use router_scope='module'"
+        )
+    if config.router_scope != "model":
+        return None, ""
+    tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap))
+    config.router_tap = tap.index
+    return tap, stack
+
+
+def _seat_blocks(
+    model: nn.Module, adapter: str, config: MoLoraConfig, layers: dict[str, MoLoraLayer]
+) -> list[SharedRouter]:
+    seats: dict[str, SharedRouter] = {}
+    for name, layer in layers.items():
+        block_name = name.rpartition(".")[0]
+        if block_name in seats:
+            continue
+        block = model.get_submodule(block_name)
+        seat = getattr(block, BLOCK_SEAT, None)
+        if seat is None:
+            seat = BlockRouter(block_name)
+            seat.attach(block)
+        seat.add_router(adapter, Router(config.router_settings(), layer.in_features))
+        seats[block_name] = seat
+    return list(seats.values())
+
+
+def _hidden_size(model: nn.Module, layers: dict[str, MoLoraLayer]) -> int:
+    config = getattr(model, "config", None)
+    size = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "hidden_size", None)
+    return int(size) if size is not None else next(iter(layers.values())).in_features
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return any(p.device.type == "meta" for p in module.parameters())
+
+
+def _place(layer: MoLoraLayer, adapter: str) -> None:
+    # To the base layer's device, never to its dtype: experts keep theirs, routers float32.
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if weight is None or weight.device.type == "meta":
+        return
+    for parts in (layer.molora_A, layer.molora_B, layer.molora_router):
+        if adapter in parts and not _is_empty(parts[adapter]):
+            parts[adapter].to(weight.device)
+
+
+

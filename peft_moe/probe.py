@@ -1,0 +1,88 @@
+"""Running the bare base up to a tap, and no further.
+
+Letters: B batch, T sequence, I in (hidden size).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .call import past_length
+from .errors import PeftMoeError
+from .routing import RoutingContext, bound_to
+from .taps import Tap
+
+# Arguments that belong to losses, caches and outputs, not to the base's hidden states.
+_NOT_FOR_THE_PROBE = {
+    "labels",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+}
+
+
+class TapReached(Exception):
+    """Ends a probe; carries the hidden states at the tap, [B, T, I]."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("the probe reached its tap")
+        self.hidden = hidden
+
+
+def run_probe(
+    model: nn.Module, tap: Tap, call: dict[str, Any], context: RoutingContext, cache: DynamicCache | None
+) -> Tensor:
+    """Hidden states of the base alone at the tap, without gradients.
+
+    Args:
+        model: the model that carries the mixture; its layers step aside while the probe runs.
+        tap: where to stop.
+        call: the arguments of the call that is being prepared, by name.
+        context: of that call.
+        cache: keys and values of earlier steps of the probe, extended in place; None without.
+
+    Returns:
+        [B, T, I] at this call's tokens.
+    """
+    backbone = getattr(model, "base_model", model)
+    accepted = inspect.signature(backbone.forward).parameters
+    arguments = {k: v for k, v in call.items() if k in accepted and k not in _NOT_FOR_THE_PROBE}
+    if isinstance(call.get("past_key_values"), Cache) and call["past_key_values"].is_compileable:
+        arguments = _without_static_cache(arguments, call, cache)
+    if cache is not None:
+        arguments.update(past_key_values=cache, use_cache=True)
+    probing = RoutingContext(shape=context.shape, real=context.real, probing=True, probe_until=tap.layer)
+    with torch.no_grad(), bound_to(probing):
+        try:
+            backbone(**arguments)
+        except TapReached as reached:
+            return reached.hidden
+    raise PeftMoeError(f"the base never called {tap.name}, which router_tap names; choose another layer")
+
+
+def _without_static_cache(
+    arguments: dict[str, Any], call: dict[str, Any], cache: DynamicCache | None
+) -> dict[str, Any]:
+    # A static cache comes with a mask over all of its slots; the probe has no slots, only tokens.
+    if cache is not None or past_length(call) > 0:
+        raise PeftMoeError(
+            "a router that decides per token with router_below_tap='probe' cannot run on a static KV cache; "
+            "use the default dynamic cache, router_granularity='sequence', or router_below_tap='base'"
+        )
+    mask = arguments.get("attention_mask")
+    masks = mask if isinstance(mask, dict) else {"mask": mask}
+    cut = {
+        name: m[..., : m.shape[-2]] if isinstance(m, Tensor) and m.dim() == 4 else m
+        for name, m in masks.items()
+    }
+    return {**arguments, "attention_mask": cut if isinstance(mask, dict) else cut["mask"]}

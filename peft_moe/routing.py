@@ -1,0 +1,193 @@
+"""What passes between the parts of a mixture: a decision, the call it belongs to, and its recorder.
+
+Shape legend, used as suffixes of local tensors in every maths file of this package:
+
+    B batch    T sequence    N tokens = B·T    S prompt segments (turns)
+    I in features    O out features    R total rank = Σ r_e
+    E experts    X experts plus the null expert, where there is one (else X = E)    K top-k
+
+Nothing here imports another part of the package, and modules keep no state between calls: what a
+forward pass needs to know lives in one :class:`RoutingContext`, found through a ``ContextVar``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Routing:
+    """One routing decision: the only value that goes from a router to ops, losses and reports.
+
+    Attributes:
+        gates: weights of the experts, float32, [B|1, T|1, E]; a size of 1 means "the same for all".
+        logits: scores before the selection, float32, [B|1, T|1, X]; None where nothing was scored.
+        selected: which columns the selector kept, bool, [B|1, T|1, X]; None for dense gates.
+    """
+
+    gates: Tensor
+    logits: Tensor | None = None
+    selected: Tensor | None = None
+
+    @property
+    def is_constant(self) -> bool:
+        """True where one row of gates serves every token of every sequence."""
+        return self.gates.dim() == 3 and self.gates.shape[0] == 1 and self.gates.shape[1] == 1
+
+    def map(self, move: Any) -> Routing:
+        """The same decision with ``move`` applied to each of its tensors."""
+        return Routing(*(None if t is None else move(t) for t in (self.gates, self.logits, self.selected)))
+
+    def detach(self) -> Routing:
+        """The same decision, cut off from the graph that made it."""
+        return self.map(Tensor.detach)
+
+
+@dataclass
+class RoutingContext:
+    """What is known of one forward pass of the model that carries a mixture.
+
+    Attributes:
+        real: True at real tokens, False at padding, bool [B, T]; None if the call has no mask.
+        prompt: True at tokens that a pooled decision may look at, bool [B, T]; None means ``real``.
+        prompt_missing: some row has no prompt token, so that nothing can be pooled for it.
+        segment: number of the turn that a token belongs to, long [B, T]; None for one turn.
+        num_segments: S, how many turns the longest row holds.
+        shape: (B, T) of this call's tokens, None where it takes no token sequence.
+        domains: index of the right expert (-1 unknown) per sequence, long [B]; from the trainer.
+        shared: decisions that several modules use, by the router's name.
+        probing: True while the base alone runs up to a tap; mixture layers then step aside.
+        probe_until: the layer before which that run stops.
+        probe_caches: caches of probes that this pass started, by adapter.
+        parent: the context that this one interrupts.
+    """
+
+    real: Tensor | None = None
+    prompt: Tensor | None = None
+    prompt_missing: bool = False
+    segment: Tensor | None = None
+    num_segments: int = 1
+    shape: tuple[int, int] | None = None
+    domains: Tensor | None = None
+    shared: dict[str, Routing] = field(default_factory=dict)
+    probing: bool = False
+    probe_until: Any = None
+    probe_caches: dict[str, Any] = field(default_factory=dict)
+    parent: RoutingContext | None = None
+
+
+@dataclass
+class RoutingInputs:
+    """What a caller knows of its batch beyond the model's own arguments; see :func:`routing_inputs`."""
+
+    prompt_mask: Tensor | None = None
+    domains: Tensor | None = None
+
+
+@dataclass
+class RoutingRecord:
+    """The decisions of the last forward pass, by router name, with the pass they belong to.
+
+    A router that decides again (a recomputed layer) overwrites its own entry, so that nothing is
+    counted twice.
+    """
+
+    decisions: dict[str, Routing] = field(default_factory=dict)
+    context: RoutingContext | None = None
+    with_grad_only: bool = False
+
+    def begin(self, context: RoutingContext) -> None:
+        """A new forward pass starts: forget the previous one."""
+        if torch.is_grad_enabled() or not self.with_grad_only:
+            self.decisions.clear()
+            self.context = context
+
+
+_context: ContextVar[RoutingContext | None] = ContextVar("peft_moe_context", default=None)
+_inputs: ContextVar[RoutingInputs | None] = ContextVar("peft_moe_inputs", default=None)
+_record: ContextVar[RoutingRecord | None] = ContextVar("peft_moe_record", default=None)
+
+
+def current_context() -> RoutingContext | None:
+    """The forward pass that is running, None outside of one."""
+    return _context.get()
+
+
+def enter_context(context: RoutingContext) -> None:
+    """Make ``context`` the running one; it remembers which it interrupts."""
+    context.parent = _context.get()
+    _context.set(context)
+    record = _record.get()
+    if record is not None:
+        record.begin(context)
+
+
+def leave_context() -> None:
+    """Return to the context that the running one interrupted."""
+    context = _context.get()
+    _context.set(context.parent if context is not None else None)
+
+
+@contextmanager
+def bound_to(context: RoutingContext | None) -> Iterator[None]:
+    """Run a block as part of ``context``: what a recomputed layer needs in the backward pass."""
+    token = _context.set(context)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def current_inputs() -> RoutingInputs | None:
+    """What the caller said of its batch, None if nothing."""
+    return _inputs.get()
+
+
+@contextmanager
+def routing_inputs(
+    *, prompt_mask: Tensor | None = None, domains: Tensor | None = None
+) -> Iterator[RoutingInputs]:
+    """Tell the routers what the model's arguments do not say.
+
+    Args:
+        prompt_mask: True at prompt tokens, bool [B, T]. A router that decides once per prompt pools
+            over these only, and takes a new decision wherever a new run of them begins. Without it
+            the prompt is found from ``labels`` (where they are -100), else it is every real token.
+        domains: index of each sequence's expert, long [B], -1 for unknown.
+    """
+    inputs = RoutingInputs(prompt_mask=prompt_mask, domains=domains)
+    token = _inputs.set(inputs)
+    try:
+        yield inputs
+    finally:
+        _inputs.reset(token)
+
+
+@contextmanager
+def record_routing(*, with_grad_only: bool = False) -> Iterator[RoutingRecord]:
+    """Collect the decisions of the forward passes inside the block; the last pass wins.
+
+    Args:
+        with_grad_only: ignore passes without gradients. A trainer asks for this, since it may run
+            further passes for its metrics between the one that counts and the backward pass.
+    """
+    record = RoutingRecord(with_grad_only=with_grad_only)
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
+
+
+def report(name: str, routing: Routing) -> None:
+    """Hand a decision to the recorder, if anybody listens."""
+    record = _record.get()
+    if record is not None and (torch.is_grad_enabled() or not record.with_grad_only):
+        record.decisions[name] = routing

@@ -1,0 +1,130 @@
+"""Routers that several layers share, and the seats they have in the model.
+
+A shared router is a PEFT layer without a base layer: PEFT then saves, loads, freezes and deletes it
+like any other. Its attribute must not hold PEFT's prefix ``molora_``, which PEFT skips on deletion.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .errors import PeftMoeError
+from .routers import Router
+from .routing import Routing, current_context, report
+
+MODEL_SEAT = "shared_router"
+BLOCK_SEAT = "block_router"
+
+
+class MixtureLayer(BaseTunerLayer):
+    """What PEFT is told to look for: layers with experts, and shared routers."""
+
+    def _start_empty(self) -> None:
+        # PEFT keeps these as class attributes, which instances would share.
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+
+class SharedRouter(nn.Module, MixtureLayer):
+    """Routers of one block or of the whole model, one per adapter."""
+
+    adapter_layer_names = ("molora_router",)
+    other_param_names = ()
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.molora_router = nn.ModuleDict()
+        self.handles: list[Any] = []
+        self._start_empty()
+
+    def detach_hooks(self) -> None:
+        """Leave the watched modules as they were found."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def add_router(self, adapter: str, router: Router) -> None:
+        """Take in the router of ``adapter``; one that does not train is declared frozen to PEFT."""
+        self.molora_router[adapter] = router
+        if not router.trainable:
+            self.frozen_peft_weight_names[adapter] = ("molora_router",)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing of a router can be merged; the layers refuse before this is reached."""
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+
+@dataclass
+class _BlockCall:
+    """One call of a block: who decides, and what it decided per shape of tokens."""
+
+    block: BlockRouter
+    decisions: dict[tuple[str, tuple[int, ...]], Routing] = field(default_factory=dict)
+    parent: _BlockCall | None = None
+
+
+_block_call: ContextVar[_BlockCall | None] = ContextVar("peft_moe_block", default=None)
+
+
+class BlockRouter(SharedRouter):
+    """The router of one attention or feed-forward module.
+
+    The first adapted layer that the block calls decides, from its own input; the block's other layers
+    follow. The decision lives exactly as long as the call of the block, so that a recomputed block
+    decides again, and nothing is left over for the next forward pass.
+    """
+
+    def attach(self, block: nn.Module) -> None:
+        """Watch the calls of ``block``, and take a seat in it."""
+        setattr(block, BLOCK_SEAT, self)
+        self.handles.append(block.register_forward_pre_hook(self._enter))
+        self.handles.append(block.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, block: nn.Module, args: Any) -> None:
+        _block_call.set(_BlockCall(self, parent=_block_call.get()))
+
+    def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
+        call = _block_call.get()
+        if call is not None and call.block is self:
+            _block_call.set(call.parent)
+
+
+def block_decision(adapter: str, x: Tensor, layer_name: str) -> Routing:
+    """The decision of the block that is being called, taken from ``x`` if it is the first to ask.
+
+    Args:
+        adapter: the adapter's name.
+        x: the asking layer's input, [B, T, I].
+        layer_name: for messages.
+
+    Raises:
+        PeftMoeError: no block is being called (its ``forward`` was called directly), or the asking
+            layer is the first and its input does not fit the block's router.
+    """
+    call = _block_call.get()
+    if call is None or adapter not in call.block.molora_router:
+        raise PeftMoeError(
+            f"{layer_name}: router_scope='block' found no running block; call the block itself, not its "
+            "`forward`, or use router_scope='module'"
+        )
+    key = (adapter, tuple(x.shape[:-1]))
+    if key not in call.decisions:
+        router = call.block.molora_router[adapter]
+        if x.shape[-1] != router.in_features:
+            raise PeftMoeError(
+                f"{layer_name}: its input has {x.shape[-1]} features, the router of block "
+                f"{call.block.name} reads {router.in_features}; use router_scope='module'"
+            )
+        call.decisions[key] = router(x, current_context())
+        report(call.block.name, call.decisions[key])
+    return call.decisions[key]
