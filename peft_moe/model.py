@@ -140,15 +140,6 @@ class MoLoraModel(BaseTuner):
         pattern = rf"(\.{cls.prefix}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)"
         return re.sub(pattern, r"\1", key)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's ``generate``; a decision per prompt holds for all of it, with or without a KV cache."""
-        seat: ModelRouter = getattr(self.model, MODEL_SEAT)
-        outer, seat.pinned = seat.pinned, {}
-        try:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            seat.pinned = outer
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -156,7 +147,14 @@ class MoLoraModel(BaseTuner):
                 f"adapter_names={kwargs['adapter_names']!r}: one batch cannot use several mixtures yet; "
                 "run one batch per adapter with set_adapter()"
             )
-        yield
+        # PEFT enters this around one forward pass or one whole generation. A decision per prompt holds for
+        # all of it, also where no KV cache carries it along.
+        seat: ModelRouter = getattr(self.model, MODEL_SEAT)
+        outer, seat.pinned = seat.pinned, {}
+        try:
+            yield
+        finally:
+            seat.pinned = outer
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
