@@ -1,0 +1,6 @@
+"""Training routers with TRL: the only part of the package that imports trl."""
+
+from .router_trainer import RouterTrainerMixin
+from .sft import MoLoraSFTTrainer
+
+__all__ = ["MoLoraSFTTrainer", "RouterTrainerMixin"]

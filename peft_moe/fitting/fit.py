@@ -1,0 +1,147 @@
+"""``fit_router``: a router from labelled prompts, in seconds and without a backward pass.
+
+Letters: I in, M samples, X experts plus the null expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MoLoraConfig
+from ..domains import UNKNOWN, domain_columns
+from ..errors import PeftMoeError, near_matches
+from ..model_router import ModelRouter
+from ..routers.scorers import LinearScorer
+from ..sharing import MODEL_SEAT
+from .features import PromptRow, count_labels, stream_features
+
+METHODS = ("logistic",)
+
+
+@dataclass
+class FitReport:
+    """What a fit saw.
+
+    Attributes:
+        method: how it was fitted.
+        samples: rows that were fitted: prompts, or tokens for a router that decides per token.
+        per_column: prompts per expert, by name ("null" for the null expert).
+        training_accuracy: share of the rows that the fitted router sends where their label says.
+    """
+
+    method: str
+    samples: int
+    per_column: dict[str, int]
+    training_accuracy: float
+
+
+def fit_router(
+    model: nn.Module,
+    data: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    method: str = "logistic",
+    regularisation: float = 1.0,
+    batch_size: int = 32,
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> FitReport:
+    """Fit the router of a mixture on prompts with known experts; it can be trained further afterwards.
+
+    The hidden states at the tap are read once, the base running no further than that. "logistic" is
+    multinomial logistic regression (scikit-learn) on standardised features, folded into the router's
+    own weight and bias.
+
+    Args:
+        model: a PeftModel whose active adapter has a linear router of scope "model".
+        data: samples with ``prompt`` (text or chat messages) and ``domain``: an expert's name; any
+            other name means "none of them" and needs ``null_expert=True``.
+        tokenizer: of the base; its padding is excluded.
+        method: "logistic".
+        regularisation: weight of the L2 penalty; larger is smoother.
+        batch_size: prompts per pass.
+        adapter_name: which mixture; default: the active one.
+        progress: whether to show a bar.
+
+    Raises:
+        PeftMoeError: the router is of another kind, or an expert has no sample.
+    """
+    if method not in METHODS:
+        raise PeftMoeError(f"method={method!r} is not known.{near_matches(method, METHODS)}")
+    adapter = adapter_name or model.active_adapters[0]  # type: ignore[index,union-attr]
+    config: MoLoraConfig = model.peft_config[adapter]  # type: ignore[index,union-attr]
+    inner: nn.Module = model.get_base_model()  # type: ignore[operator]
+    seat = getattr(inner, MODEL_SEAT)
+    scorer = _linear_scorer(seat, adapter, config)
+    rows = _labelled(data, config)
+    counts = count_labels(rows, config.num_experts + bool(config.null_expert))
+    _check_counts(counts, config)
+    features_MI, labels_M = stream_features(
+        inner, seat, adapter, rows, tokenizer, batch_size=batch_size, progress=progress
+    )
+    weight_XI, bias_X = _logistic(features_MI, labels_M, regularisation)
+    with torch.no_grad():
+        scorer.weight.copy_(weight_XI)
+        scorer.bias.copy_(bias_X)
+    chosen_M = (features_MI @ weight_XI.T + bias_X).argmax(-1)
+    names = [*config.expert_names, "null"]
+    return FitReport(
+        method=method,
+        samples=len(labels_M),
+        per_column=dict(zip(names, counts, strict=False)),
+        training_accuracy=float((chosen_M == labels_M).float().mean()),
+    )
+
+
+def _linear_scorer(seat: ModelRouter, adapter: str, config: MoLoraConfig) -> LinearScorer:
+    router = seat.molora_router[adapter] if adapter in seat.molora_router else None
+    if router is None or not isinstance(router.scorer, LinearScorer):
+        raise PeftMoeError(
+            f"method='logistic' fits a linear router of scope 'model'; this one is router={config.router!r} with "
+            f"router_scope={config.router_scope!r}. Use router='context'"
+        )
+    return router.scorer
+
+
+def _labelled(data: Iterable[Mapping[str, Any]], config: MoLoraConfig) -> list[PromptRow]:
+    column_of = domain_columns(config)
+    rows = []
+    for sample in data:
+        column = column_of(sample["domain"])
+        if column == UNKNOWN:
+            raise PeftMoeError(
+                f"domain={sample['domain']!r} is no expert.{near_matches(sample['domain'], config.expert_names)} "
+                "Set null_expert=True to let it mean none of them"
+            )
+        rows.append((sample["prompt"], column))
+    return rows
+
+
+def _check_counts(counts: list[int], config: MoLoraConfig) -> None:
+    names = [*config.expert_names, "null"]
+    missing = [name for name, count in zip(names, counts, strict=False) if count == 0]
+    if missing:
+        raise PeftMoeError(
+            f"no sample for {missing}: a fit needs prompts of every expert"
+            + (", and of no expert (any other domain) for the null expert" if "null" in missing else "")
+            + "; add some, or leave the expert out"
+        )
+
+
+def _logistic(features_MI: Tensor, labels_M: Tensor, regularisation: float) -> tuple[Tensor, Tensor]:
+    from sklearn.linear_model import LogisticRegression
+
+    mean_I, std_I = features_MI.mean(0), features_MI.std(0).clamp_min(1e-6)
+    model = LogisticRegression(C=1.0 / regularisation, max_iter=1000)
+    model.fit(((features_MI - mean_I) / std_I).numpy(), labels_M.numpy())
+    weight_XI = torch.from_numpy(model.coef_).float()
+    bias_X = torch.from_numpy(model.intercept_).float()
+    if len(weight_XI) == 1:  # two classes: scikit-learn keeps the difference of their scores
+        weight_XI, bias_X = torch.cat([-weight_XI, weight_XI]) / 2, torch.cat([-bias_X, bias_X]) / 2
+    weight_XI = weight_XI / std_I
+    return weight_XI, bias_X - weight_XI @ mean_I

@@ -1,0 +1,107 @@
+"""What must hold before the first step: the right things train, in a dtype in which they can."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..checkpointing import uses_reentrant
+from ..config import MoLoraConfig
+from ..errors import PeftMoeError
+from ..routers import Router
+
+
+def mixture_config(model: nn.Module) -> tuple[str, MoLoraConfig]:
+    """The active mixture of a PeftModel: adapter name and config.
+
+    Raises:
+        PeftMoeError: the model carries none.
+    """
+    configs = getattr(model, "peft_config", {})
+    for adapter in getattr(model, "active_adapters", []):
+        if isinstance(configs.get(adapter), MoLoraConfig):
+            return adapter, configs[adapter]
+    raise PeftMoeError(
+        f"{type(model).__name__} carries no active mixture; pass peft_config=MoLoraConfig(…) or a model from "
+        "get_peft_model(model, MoLoraConfig(…))"
+    )
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of all parameters that would train."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def check_trainable(model: nn.Module, config: MoLoraConfig) -> None:
+    """Only what the config names may train: routers, and experts or saved modules where asked for.
+
+    Raises:
+        PeftMoeError: something else would train, or nothing would.
+    """
+    names = trainable_names(model)
+    allowed = [".molora_router."]
+    if config.experts_train:
+        allowed += [".molora_A.", ".molora_B."]
+    if config.modules_to_save:
+        allowed.append(".modules_to_save.")
+    if config.trainable_token_indices:
+        allowed.append(".token_adapter.")
+    strangers = [name for name in names if not any(part in name for part in allowed)]
+    if strangers:
+        raise PeftMoeError(
+            f"{len(strangers)} parameters would train that should be frozen, such as {strangers[0]}; build the "
+            "model with get_peft_model() and leave requires_grad alone"
+        )
+    if not names:
+        raise PeftMoeError(
+            f"router={config.router!r} has nothing to train and the experts are frozen; choose router='linear' "
+            "or 'context', or load the mixture with is_trainable=True"
+        )
+
+
+def check_checkpointing(model: nn.Module, config: MoLoraConfig) -> None:
+    """Auxiliary losses read what a forward pass recorded; reentrant checkpointing records no gradients.
+
+    Raises:
+        PeftMoeError: with the fix.
+    """
+    if active_losses(config) and uses_reentrant(model):
+        raise PeftMoeError(
+            f"{active_losses(config)[0]} would have no effect with "
+            "gradient_checkpointing_kwargs={'use_reentrant': True}; set use_reentrant=False"
+        )
+
+
+def active_losses(config: MoLoraConfig) -> list[str]:
+    """Config fields of the auxiliary losses whose weight is not zero."""
+    from ..losses import LOSSES
+
+    return [name for name in LOSSES if getattr(config, name) > 0]
+
+
+def router_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all routers' weights, by name."""
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, Router)
+        for key, value in module.state_dict().items()
+    }
+
+
+def restore_router_precision(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Undo a cast of the routers to less than float32.
+
+    TRL casts every trainable parameter of a 4-bit model to bf16, where steps of a small learning rate
+    round to nothing.
+
+    Args:
+        model: whose routers to mend.
+        before: their weights before the cast, where they were known.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            for key, parameter in module.named_parameters():
+                if parameter.dtype != torch.float32:
+                    kept = before.get(f"{name}.{key}")
+                    parameter.data = parameter.data.float() if kept is None else kept.to(parameter.device)
