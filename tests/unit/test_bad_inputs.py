@@ -541,6 +541,12 @@ def test_the_undamaged_adapter_opens(tmp_path):
     assert len(file.modules) == 4
 
 
+@pytest.mark.parametrize("experts", [["adapters/math"], "adapters/math", None, []])
+def test_experts_that_are_no_mapping_are_refused(experts):
+    with pytest.raises(PeftMoeError, match=r"experts=.*\nFix: .*'math'"):
+        open_experts(experts, BASE)
+
+
 def test_every_field_of_lora_config_is_decided():
     """A field that a new PEFT adds must be decided before this passes again."""
     assert set(FIELD_RULES) == {field.name for field in dataclasses.fields(LoraConfig)}
@@ -554,7 +560,9 @@ def test_ignored_fields_are_ignored(name, tmp_path):
     assert open_experts(case.experts, BASE)
 
 
-@pytest.mark.parametrize("name", ["auto_mapping", "revision", "rank_pattern", "use_rslora", "new"])
+@pytest.mark.parametrize(
+    "name", ["auto_mapping", "revision", "rank_pattern", "alpha_pattern", "use_rslora", "new"]
+)
 def test_null_is_the_default(name, tmp_path):
     case = make_case(tmp_path)
     case.edit(**{name: None})

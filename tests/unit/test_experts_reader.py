@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import warnings
 import weakref
 from pathlib import Path
 
@@ -228,16 +229,21 @@ def test_a_file_renamed_over_the_open_one_is_not_seen(tmp_path):
 def test_read_of_another_module_names_a_near_one(tmp_path):
     train(llama(), tmp_path, target_modules=QV)
     (file,) = open_experts({"math": tmp_path}, llama())
-    with pytest.raises(PeftMoeError, match=r"layers\.9.*does adapt 'model\.layers\.[01]\.self_attn"):
+    with pytest.raises(PeftMoeError, match=r"layers\.9.*does adapt 'model\.layers\.[01]\.self_attn\.q"):
         file.read("model.layers.9.self_attn.q_proj")
+    with pytest.raises(PeftMoeError, match=r"'zzz'; it does adapt 'model\.layers\.0"):
+        file.read("zzz")
     assert "math" in repr(file)
     assert "4 modules" in repr(file)
 
 
 def test_sha256_source_and_order(tmp_path):
+    base = llama()
     for name in "abc":
         train(llama(), tmp_path / name, target_modules=QV, r="abc".index(name) + 1)
-    files = open_experts({n: str(tmp_path / n) for n in "cab"}, llama())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # different files: nothing to warn of
+        files = open_experts({n: str(tmp_path / n) for n in "cab"}, base)
     assert [f.spec.name for f in files] == ["c", "a", "b"]
     data = (tmp_path / "c" / "adapter_model.safetensors").read_bytes()
     assert files[0].spec.sha256 == hashlib.sha256(data).hexdigest()
@@ -270,9 +276,19 @@ def test_what_wraps_nothing_or_comes_twice_is_no_second_module():
 def test_a_head_is_found_behind_its_wrapper():
     plain, adapted = llama(), get_peft_model(llama(), LoraConfig(target_modules=["lm_head"]))
     assert BaseView.of(plain).head == BaseView.of(adapted.base_model.model).head == "lm_head"
-    saved = get_peft_model(llama(), LoraConfig(target_modules=QV, modules_to_save=["lm_head"]))
-    assert BaseView.of(saved.base_model.model).head == "lm_head"
     assert BaseView.of(plain.model).head is None
+
+
+@pytest.mark.parametrize("wrap", [{"modules_to_save": ["score"]}, {"target_modules": ["score"]}])
+def test_a_head_of_another_name_is_found_behind_its_wrapper(wrap):
+    base = llama()
+    base.score = base.lm_head
+    del base.lm_head
+    base.get_output_embeddings = lambda: base.score
+    assert BaseView.of(base).head == "score"
+    get_peft_model(base, LoraConfig(**{"target_modules": QV, **wrap}))
+    assert not isinstance(base.score, nn.Linear)
+    assert BaseView.of(base).head == "score"
 
 
 def test_linear_features_by_kind():
@@ -307,6 +323,23 @@ def test_base_names_that_may_be_the_same_pass(trained_on, base_name, tmp_path):
     assert file.spec.base_model == (trained_on or None)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"revision": "v1"}),
+        ({"revision": "v1"}, {"revision": "v1"}),
+        ({"revision": "a" * 40}, {"revision": "a" * 7}),
+        ({"revision": "a" * 40}, {"revision": "main"}),  # a branch may stand at that commit
+        ({"base_model_name_or_path": "org/T"}, {"base_model_name_or_path": "/models/t"}),
+    ],
+)
+def test_experts_that_may_share_a_base_pass(one, other, tmp_path):
+    for name, fields in (("a", one), ("b", other)):
+        train(llama(), tmp_path / name, target_modules=QV, r="ab".index(name) + 1)
+        edit_config(tmp_path / name, **fields)
+    assert len(open_experts({n: tmp_path / n for n in "ab"}, llama())) == 2
+
+
 def test_allow_base_mismatch_lets_names_revisions_and_classes_pass(tmp_path):
     train(llama(), tmp_path, target_modules=QV)
     mapping = {"base_model_class": "MistralForCausalLM", "parent_library": "os"}
@@ -327,6 +360,14 @@ def test_a_subclass_put_in_by_a_wrapper_is_the_same_architecture():
     base.__class__ = type("FSDPLlamaForCausalLM", (LlamaForCausalLM,), {})
     config = {"auto_mapping": {"base_model_class": "LlamaForCausalLM"}}
     check_same_base("math", config, BaseView.of(base))
+
+
+def test_lists_of_a_spec_do_not_depend_on_the_order_in_the_file(tmp_path):
+    train(llama(), tmp_path, target_modules=QV)
+    for targets in (QV, QV[::-1]):
+        edit_config(tmp_path, target_modules=targets)
+        (file,) = open_experts({"math": tmp_path}, llama())
+        assert file.spec.target_modules == QV
 
 
 def test_good_names_pass():
