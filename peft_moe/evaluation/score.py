@@ -42,6 +42,7 @@ class TurnScore:
 class _Row:
     ids: list[int]
     turn: list[int]  # of each token: the number of the turn whose completion it belongs to, -1 in prompts
+    turns: int
 
 
 def score_texts(
@@ -51,10 +52,9 @@ def score_texts(
     *,
     batch_size: int = 64,
     max_length: int | None = None,
+    turns_marked: bool = True,
 ) -> list[list[TurnScore]]:
     """Score the completions of all texts.
-
-    A router that decides once per prompt decides anew at every turn, from that turn's prompt alone.
 
     Args:
         model: any causal language model, with adapters or without; left in its mode.
@@ -62,6 +62,9 @@ def score_texts(
         texts: each a list of turns (prompt, completion).
         batch_size: texts per pass; texts of similar length go together.
         max_length: tokens to keep of each text; None keeps all.
+        turns_marked: a router that decides once per prompt decides anew at every turn, from that
+            turn's prompt alone. False marks only the first turn's prompt, as in a running text that
+            changes its subject.
 
     Returns:
         For each text, in order, one :class:`TurnScore` per turn. A turn cut off by ``max_length`` has
@@ -76,7 +79,9 @@ def score_texts(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [rows[index] for index in chosen]
-            for index, turns in zip(chosen, _score_batch(model, batch, texts, chosen), strict=True):
+            for index, turns in zip(
+                chosen, _score_batch(model, batch, turns_marked), strict=True
+            ):
                 scores[index] = turns
     finally:
         model.train(was_training)
@@ -100,23 +105,23 @@ def _encode(text: Text, tokenizer: Any, max_length: int | None) -> _Row:
             if end > begin and first <= begin < last:
                 owner = number
         turn.append(owner)
-    return _Row(encoded["input_ids"][:max_length], turn[:max_length])
+    return _Row(encoded["input_ids"][:max_length], turn[:max_length], len(text))
 
 
-def _score_batch(
-    model: nn.Module, batch: list[_Row], texts: Sequence[Text], chosen: list[int]
-) -> Iterator[list[TurnScore]]:
+def _score_batch(model: nn.Module, batch: list[_Row], turns_marked: bool) -> Iterator[list[TurnScore]]:
     device = next(model.parameters()).device
     ids_BT, turn_BT, mask_BT = (t.to(device) for t in _pad(batch))
     prompt_BT = mask_BT.bool() & (turn_BT < 0)
+    if not turns_marked:
+        prompt_BT &= (turn_BT >= 0).cumsum(-1) == 0  # nothing behind the first completion
     with torch.no_grad(), routing_inputs(prompt_mask=prompt_BT):
         logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1].float()
     target_BT, turn_BT = ids_BT[:, 1:], turn_BT[:, 1:]
     nll_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), target_BT, reduction="none")
     hit_BT = logits_BTV.argmax(-1) == target_BT
-    for row, index in enumerate(chosen):
+    for row, encoded in enumerate(batch):
         yield [
-            _turn_score(nll_BT[row], hit_BT[row], turn_BT[row] == number) for number in range(len(texts[index]))
+            _turn_score(nll_BT[row], hit_BT[row], turn_BT[row] == number) for number in range(encoded.turns)
         ]
 
 
