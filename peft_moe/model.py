@@ -18,6 +18,7 @@ from .config import MoLoraConfig
 from .errors import PeftMoeError
 from .experts.plan import plan_experts
 from .layer import MoLoraLayer
+from .losses import LOSSES
 from .model_router import ModelRouter
 from .routers import Router
 from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter
@@ -112,6 +113,7 @@ class MoLoraModel(BaseTuner):
         if seat is None:
             seat = ModelRouter(model)
             setattr(model, MODEL_SEAT, seat)
+        seat.loss_fields.update({adapter: n for n in LOSSES if getattr(config, n) > 0})
         seats: list[SharedRouter] = [seat]
         layers = {n: m for n, m in model.named_modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_A}
         if tap is not None:

@@ -11,6 +11,7 @@ hidden states at its tap, the input of one decoder layer, in one of two ways:
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +24,15 @@ from .decode_state import RouterState, attach_state, find_state
 from .errors import PeftMoeError
 from .probe import TapReached, run_probe
 from .routers import Router
-from .routing import Routing, RoutingContext, current_context, enter_context, leave_context, report
+from .routing import (
+    Routing,
+    RoutingContext,
+    current_context,
+    enter_context,
+    is_recording,
+    leave_context,
+    report,
+)
 from .sharing import MODEL_SEAT, SharedRouter
 from .taps import Tap
 
@@ -34,6 +43,8 @@ class ModelRouter(SharedRouter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(MODEL_SEAT)
         self.taps: dict[str, Tap] = {}
+        # Adapter to the auxiliary loss that its config asks for, until its user was warned.
+        self.loss_fields: dict[str, str] = {}
         self.handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
@@ -51,6 +62,7 @@ class ModelRouter(SharedRouter):
         """PEFT's deletion, and the tap with it."""
         super().delete_adapter(adapter_name)
         self.taps.pop(adapter_name, None)
+        self.loss_fields.pop(adapter_name, None)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = current_context()
@@ -60,8 +72,20 @@ class ModelRouter(SharedRouter):
         context = read_call(call, causal=_generates(model))
         enter_context(context)
         bind_checkpoints(model)
+        if self.loss_fields and model.training and torch.is_grad_enabled() and not is_recording():
+            self._warn_unheard()
         for adapter in self._deciding():
             self._prepare(model, adapter, call, context)
+
+    def _warn_unheard(self) -> None:
+        # Trainers rebuild the loss from the outputs, and would train without the auxiliary one in silence.
+        for adapter in [] if self.disable_adapters else self.active_adapters:
+            if field := self.loss_fields.pop(adapter, None):
+                warnings.warn(
+                    f"{field} of adapter {adapter!r} has no effect here: nobody adds the routers' losses. Train "
+                    "with peft_moe.training.MoLoraSFTTrainer, or put RouterTrainerMixin before your trainer",
+                    stacklevel=2,
+                )
 
     def _deciding(self) -> list[str]:
         if self.disable_adapters:

@@ -186,6 +186,11 @@ def record_routing(*, with_grad_only: bool = False) -> Iterator[RoutingRecord]:
         _record.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether anybody collects decisions right now."""
+    return _record.get() is not None
+
+
 def report(name: str, routing: Routing) -> None:
     """Hand a decision to the recorder, if anybody listens."""
     record = _record.get()
