@@ -64,6 +64,7 @@ class MoLoraModel(BaseTuner):
             )
         finally:
             self.__dict__.pop("_injection", None)
+            plan.close()
         with init_empty_weights() if empty else nullcontext():
             self._seat_routers(model, adapter_name, config, tap)
 

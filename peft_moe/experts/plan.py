@@ -64,6 +64,11 @@ class ExpertPlan:
             )
         return _fresh_factors(ranks.total, in_features, out_features, zero=self.init_weights)
 
+    def close(self) -> None:
+        """Let go of the adapters' files; what was read has been copied."""
+        for file in self.files:
+            file.close()
+
 
 def _fresh_factors(rank: int, in_features: int, out_features: int, *, zero: bool) -> tuple[Tensor, Tensor]:
     # As PEFT's LoRA starts: A drawn, B zero, so that the mixture begins as the base.
