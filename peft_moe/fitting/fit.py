@@ -16,9 +16,10 @@ from ..config import MoLoraConfig
 from ..domains import UNKNOWN, domain_columns
 from ..errors import PeftMoeError, near_matches
 from ..model_router import ModelRouter
+from ..routers import Router
 from ..routers.scorers import LinearScorer
 from ..sharing import MODEL_SEAT
-from .features import PromptRow, count_labels, stream_features
+from .features import PromptRow, count_labels, prompt_of, stream_features
 
 METHODS = ("logistic",)
 
@@ -59,8 +60,8 @@ def fit_router(
 
     Args:
         model: a PeftModel whose active adapter has a linear router of scope "model".
-        data: samples with ``prompt`` (text or chat messages) and ``domain``: an expert's name; any
-            other name means "none of them" and needs ``null_expert=True``.
+        data: samples with ``prompt`` (text or chat messages) or ``messages``, and ``domain``: an
+            expert's name; any other name means "none of them" and needs ``null_expert=True``.
         tokenizer: of the base; its padding is excluded.
         method: "logistic".
         regularisation: weight of the L2 penalty; larger is smoother.
@@ -69,14 +70,14 @@ def fit_router(
         progress: whether to show a bar.
 
     Raises:
-        PeftMoeError: the router is of another kind, or an expert has no sample.
+        PeftMoeError: the model carries no mixture, its router is of another kind, a sample lacks its
+            prompt or domain, or an expert has no sample.
     """
     if method not in METHODS:
         raise PeftMoeError(f"method={method!r} is not known.{near_matches(method, METHODS)}")
-    adapter = adapter_name or model.active_adapters[0]  # type: ignore[index,union-attr]
-    config: MoLoraConfig = model.peft_config[adapter]  # type: ignore[index,union-attr]
+    adapter, config = _mixture(model, adapter_name)
     inner: nn.Module = model.get_base_model()  # type: ignore[operator]
-    seat = getattr(inner, MODEL_SEAT)
+    seat: ModelRouter = getattr(inner, MODEL_SEAT)
     scorer = _linear_scorer(seat, adapter, config)
     rows = _labelled(data, config)
     counts = count_labels(rows, config.num_experts + bool(config.null_expert))
@@ -98,27 +99,45 @@ def fit_router(
     )
 
 
+def _mixture(model: nn.Module, adapter_name: str | None) -> tuple[str, MoLoraConfig]:
+    configs = getattr(model, "peft_config", {})
+    names = [adapter_name] if adapter_name is not None else list(getattr(model, "active_adapters", []))
+    for name in names:
+        if isinstance(configs.get(name), MoLoraConfig):
+            return name, configs[name]
+    raise PeftMoeError(
+        f"{type(model).__name__} carries no mixture named {names}; its adapters are {sorted(configs)}. Pass "
+        "a model from get_peft_model(model, MoLoraConfig(…))"
+    )
+
+
 def _linear_scorer(seat: ModelRouter, adapter: str, config: MoLoraConfig) -> LinearScorer:
-    router = seat.molora_router[adapter] if adapter in seat.molora_router else None
-    if router is None or not isinstance(router.scorer, LinearScorer):
+    routers: dict[str, Router] = dict(seat.molora_router.items())  # type: ignore[arg-type]
+    router = routers.get(adapter)
+    if router is None or not isinstance(router.scorer, LinearScorer) or not router.trainable:
         raise PeftMoeError(
-            f"method='logistic' fits a linear router of scope 'model'; this one is router={config.router!r} with "
-            f"router_scope={config.router_scope!r}. Use router='context'"
+            f"method='logistic' fits a linear router of scope 'model'; this one is router={config.router!r} "
+            f"with router_scope={config.router_scope!r}. Use router='context'"
         )
+    if router.settings.num_columns == 1:
+        raise PeftMoeError("one expert and no null expert: there is nothing to choose, hence nothing to fit")
     return router.scorer
 
 
 def _labelled(data: Iterable[Mapping[str, Any]], config: MoLoraConfig) -> list[PromptRow]:
     column_of = domain_columns(config)
     rows = []
-    for sample in data:
-        column = column_of(sample["domain"])
+    for number, sample in enumerate(data):
+        domain = sample.get("domain")
+        column = column_of(domain)
+        if domain is None:
+            raise PeftMoeError(f"sample {number} has no `domain` to name its expert, only {sorted(sample)}")
         if column == UNKNOWN:
             raise PeftMoeError(
-                f"domain={sample['domain']!r} is no expert.{near_matches(sample['domain'], config.expert_names)} "
+                f"domain={domain!r} is no expert.{near_matches(str(domain), config.expert_names)} "
                 "Set null_expert=True to let it mean none of them"
             )
-        rows.append((sample["prompt"], column))
+        rows.append((prompt_of(sample, whole_text=config.router_granularity == "token"), column))
     return rows
 
 
@@ -136,7 +155,9 @@ def _check_counts(counts: list[int], config: MoLoraConfig) -> None:
 def _logistic(features_MI: Tensor, labels_M: Tensor, regularisation: float) -> tuple[Tensor, Tensor]:
     from sklearn.linear_model import LogisticRegression
 
-    mean_I, std_I = features_MI.mean(0), features_MI.std(0).clamp_min(1e-6)
+    mean_I, std_I = features_MI.mean(0), features_MI.std(0)
+    # A feature that hardly varies here must not get a huge weight, since it may vary elsewhere.
+    std_I = torch.where(std_I > 1e-4 * std_I.max(), std_I, torch.inf)
     model = LogisticRegression(C=1.0 / regularisation, max_iter=1000)
     model.fit(((features_MI - mean_I) / std_I).numpy(), labels_M.numpy())
     weight_XI = torch.from_numpy(model.coef_).float()

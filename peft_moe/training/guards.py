@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..checkpointing import uses_reentrant
 from ..config import MoLoraConfig
 from ..errors import PeftMoeError
+from ..losses import LOSSES
 from ..routers import Router
+
+# A router is small and starts near zero: 300 steps of 1e-4 leave it where it was.
+SLOW = 5e-4
 
 
 def mixture_config(model: nn.Module) -> tuple[str, MoLoraConfig]:
@@ -49,13 +56,13 @@ def check_trainable(model: nn.Module, config: MoLoraConfig) -> None:
     strangers = [name for name in names if not any(part in name for part in allowed)]
     if strangers:
         raise PeftMoeError(
-            f"{len(strangers)} parameters would train that should be frozen, such as {strangers[0]}; build the "
-            "model with get_peft_model() and leave requires_grad alone"
+            f"{len(strangers)} parameters would train that should be frozen, such as {strangers[0]}; build "
+            "the model with get_peft_model() and leave requires_grad alone"
         )
     if not names:
         raise PeftMoeError(
-            f"router={config.router!r} has nothing to train and the experts are frozen; choose router='linear' "
-            "or 'context', or load the mixture with is_trainable=True"
+            f"router={config.router!r} has nothing to train and the experts are frozen; choose "
+            "router='linear' or 'context', or load the mixture with is_trainable=True"
         )
 
 
@@ -74,8 +81,6 @@ def check_checkpointing(model: nn.Module, config: MoLoraConfig) -> None:
 
 def active_losses(config: MoLoraConfig) -> list[str]:
     """Config fields of the auxiliary losses whose weight is not zero."""
-    from ..losses import LOSSES
-
     return [name for name in LOSSES if getattr(config, name) > 0]
 
 
@@ -105,3 +110,27 @@ def restore_router_precision(model: nn.Module, before: dict[str, torch.Tensor]) 
                 if parameter.dtype != torch.float32:
                     kept = before.get(f"{name}.{key}")
                     parameter.data = parameter.data.float() if kept is None else kept.to(parameter.device)
+
+
+def warn_slow_router(args: Any, config: MoLoraConfig) -> None:
+    """Warn where only the router trains, at the learning rate of an adapter."""
+    if args.learning_rate < SLOW and not config.experts_train:
+        warnings.warn(
+            f"learning_rate={args.learning_rate} hardly moves a router; 5e-3 to 1e-2 is usual when nothing "
+            "else trains",
+            stacklevel=3,
+        )
+
+
+def unpack_4bit(model: nn.Module) -> None:
+    """Undo what an evaluation did to bitsandbytes' 4-bit weights on a CPU with AVX512-BF16.
+
+    There it repacks them in place for a kernel without a backward pass, and whatever lies below such a
+    layer gets no gradient from then on.
+    """
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            module.state_dict()  # bitsandbytes' own way back: it unpacks what it saves

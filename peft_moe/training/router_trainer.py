@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..call import IGNORE
 from ..errors import PeftMoeError
 from ..losses import auxiliary_losses
 from ..metrics import routing_summary
 from ..routing import RoutingRecord, record_routing, routing_inputs
-from .domains import DOMAIN, DOMAIN_INDEX, DomainCollator
+from .domains import DOMAIN, DOMAIN_INDEX, DomainCollator, check_domains
 from .guards import (
     active_losses,
     check_checkpointing,
@@ -24,6 +25,8 @@ from .guards import (
     mixture_config,
     restore_router_precision,
     router_weights,
+    unpack_4bit,
+    warn_slow_router,
 )
 
 LOG_NAMES = {
@@ -48,39 +51,40 @@ class RouterTrainerMixin:
     model: nn.Module
     args: Any
     data_collator: Any
+    train_dataset: Any
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         before = router_weights(model) if isinstance(model, nn.Module) else {}
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         self.adapter_name, self.mixture = mixture_config(self.model)
         restore_router_precision(self.model, before)
         check_trainable(self.model, self.mixture)
-        self._check_label_loss(kwargs.get("train_dataset"))
+        check_domains(self.train_dataset, self.mixture, self.args)
         self.data_collator = DomainCollator(self.data_collator, self.mixture)
+        self._eval_prefix = "eval"
         self._routing_log: dict[str, dict[str, list[float]]] = {
             "train": defaultdict(list),
             "eval": defaultdict(list),
         }
 
-    def _check_label_loss(self, train_dataset: Any) -> None:
-        if self.mixture.router_label_loss_coef == 0 or train_dataset is None:
-            return
-        columns = getattr(train_dataset, "column_names", None)
-        if columns is not None and DOMAIN not in columns:
-            raise PeftMoeError(
-                f"router_label_loss_coef={self.mixture.router_label_loss_coef} needs a `domain` column that names "
-                f"each sample's expert; the dataset has {sorted(columns)}"
-            )
-        if getattr(self.args, "packing", False) or getattr(self.args, "padding_free", False):
-            raise PeftMoeError(
-                f"router_label_loss_coef={self.mixture.router_label_loss_coef} cannot tell the domains of packed "
-                "samples apart; set packing=False and padding_free=False"
-            )
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own ``train``, after a last look at what would train."""
         check_trainable(self.model, self.mixture)
+        warn_slow_router(self.args, self.mixture)
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own step, on weights that let gradients through."""
+        unpack_4bit(self.model)
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> Any:
+        """The trainer's own ``evaluate``; what is logged of the routers carries the same prefix."""
+        self._eval_prefix = metric_key_prefix
+        self._routing_log["eval"].clear()
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -100,7 +104,8 @@ class RouterTrainerMixin:
         check_checkpointing(self.model, self.mixture)
         domains = inputs.pop(DOMAIN_INDEX, None)
         training = self.model.training
-        with routing_inputs(domains=domains), record_routing(with_grad_only=training) as record:
+        said = routing_inputs(prompt_mask=self._prompt_mask(inputs), domains=domains)
+        with said, record_routing(with_grad_only=training) as record:
             result = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -113,11 +118,24 @@ class RouterTrainerMixin:
             return (result[0] + extra.to(result[0].device), *result[1:])
         return result + extra.to(result.device)
 
+    def _prompt_mask(self, inputs: dict[str, Any]) -> Tensor | None:
+        # Losses on full logits (label smoothing, compute_loss_func, metrics) keep the labels from the model,
+        # and a router that pools over prompts would see the completion.
+        labels, ids = inputs.get("labels"), inputs.get("input_ids")
+        base: Any = self.model.get_base_model()  # type: ignore[operator]
+        if labels is None or ids is None or labels.shape != ids.shape or not base.can_generate():
+            return None
+        mask: Tensor = labels == IGNORE
+        return mask
+
     def _weighted_losses(self, record: RoutingRecord, training: bool) -> Tensor | None:
         log = self._routing_log["train" if training else "eval"]
         for key, value in routing_summary(record, self.mixture.expert_names).items():
             log[key].append(value)
         names = active_losses(self.mixture)
+        if record.context is not None and record.context.domains is None:
+            self._refuse_unlabelled(names, training)
+            names = [name for name in names if name != "router_label_loss_coef"]
         losses = auxiliary_losses(record, names)
         if names and not losses:
             raise PeftMoeError(
@@ -125,11 +143,19 @@ class RouterTrainerMixin:
                 f"{self.adapter_name!r} active and enabled?"
             )
         total: Tensor | None = None
-        for name, value in losses.items():
-            log[LOG_NAMES[name]].append(float(value.detach()))
-            weighted = getattr(self.mixture, name) * value
+        for name, loss in losses.items():
+            log[LOG_NAMES[name]].append(float(loss.detach()))
+            weighted = getattr(self.mixture, name) * loss
             total = weighted if total is None else total + weighted
         return total
+
+    def _refuse_unlabelled(self, names: list[str], training: bool) -> None:
+        # Held-out data may lack labels; streams show only here that the training data do.
+        if training and "router_label_loss_coef" in names:
+            raise PeftMoeError(
+                f"router_label_loss_coef={self.mixture.router_label_loss_coef} needs a `domain` for each "
+                "sample, and this batch has none; add the column, and keep it in data_collator"
+            )
 
     def _accumulation_share(self, num_items_in_batch: Any) -> int:
         # What the trainer itself asks before it divides a step's loss by its accumulation steps.
@@ -142,9 +168,8 @@ class RouterTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with loads, entropy and auxiliary losses since the last one."""
         mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else "eval_"
+        prefix = "" if mode == "train" else f"{self._eval_prefix}_"
         for key, values in self._routing_log[mode].items():
             logs[prefix + key] = sum(values) / len(values)
         self._routing_log[mode].clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
