@@ -53,7 +53,9 @@ Cells = dict[str, float]
 def read(path: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
     """`count` records drawn from a file, each with its domain."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return list(Dataset.from_list(records).shuffle(seed=seed).select(range(min(count, len(records)))))
+    return list(
+        Dataset.from_list(records).shuffle(seed=seed).select(range(min(count, len(records))))
+    )
 
 
 class Bench:
@@ -66,7 +68,9 @@ class Bench:
         data = runs / "data"
         test = {d: read(data / d / "test.jsonl", records) for d in domains}
         self.train = {d: read(data / d / "train.jsonl", train_records) for d in domains}
-        self.texts = {d: [[(r["prompt"], r["completion"])] for r in rows] for d, rows in test.items()}
+        self.texts = {
+            d: [[(r["prompt"], r["completion"])] for r in rows] for d, rows in test.items()
+        }
         short = {d: [(r["prompt"], r["completion"][:300]) for r in test[d]] for d in EXPERTS}
         self.pairs = [(a, b) for a in EXPERTS for b in EXPERTS if a != b]
         self.joined = [[short[a][i], short[b][i + 1]] for a, b in self.pairs for i in range(2)]
@@ -76,11 +80,15 @@ class Bench:
 
     def mixture(self, **fields: Any) -> Any:
         experts = {name: str(self.runs / name) for name in EXPERTS}
-        return get_peft_model(self.base(), MoLoraConfig(experts=experts, task_type="CAUSAL_LM", **fields))
+        return get_peft_model(
+            self.base(), MoLoraConfig(experts=experts, task_type="CAUSAL_LM", **fields)
+        )
 
     def score(self, model: Any) -> dict[str, list[list[TurnScore]]]:
         def run(texts: list[Any], **how: Any) -> list[list[TurnScore]]:
-            return score_texts(model, self.tokenizer, texts, batch_size=16, max_length=2 * LENGTH, **how)
+            return score_texts(
+                model, self.tokenizer, texts, batch_size=16, max_length=2 * LENGTH, **how
+            )
 
         scores = {d: run(texts) for d, texts in self.texts.items()}
         scores["joined, marked"] = run(self.joined)
@@ -89,7 +97,9 @@ class Bench:
         return scores
 
     def cells(self, scores: dict[str, list[list[TurnScore]]]) -> Cells:
-        return {row: summarise(t for text in texts for t in text).loss for row, texts in scores.items()}
+        return {
+            row: summarise(t for text in texts for t in text).loss for row, texts in scores.items()
+        }
 
     def oracle(self, scored: dict[str, dict[str, list[list[TurnScore]]]]) -> Cells:
         cells = {d: self.cells(scored[d])[d] for d in EXPERTS}
@@ -97,7 +107,10 @@ class Bench:
         owners = [pair for pair in self.pairs for _ in range(2)]
         for row, first in (("joined, marked", 0), ("joined, running", 1)):
             turns = [
-                scored[owner][row][i][n - first] for i, pair in enumerate(owners) for n, owner in enumerate(pair) if n >= first
+                scored[owner][row][i][n - first]
+                for i, pair in enumerate(owners)
+                for n, owner in enumerate(pair)
+                if n >= first
             ]
             cells[row] = summarise(turns).loss
         return cells
@@ -134,7 +147,11 @@ class Bench:
 
     def fitted(self) -> Any:
         model = self.mixture(router="context")
-        rows = [{"prompt": r["prompt"], "domain": d} for d, records in self.train.items() for r in records]
+        rows = [
+            {"prompt": r["prompt"], "domain": d}
+            for d, records in self.train.items()
+            for r in records
+        ]
         print(fit_router(model, rows, self.tokenizer))
         return model
 
@@ -164,14 +181,16 @@ def report(table: dict[str, list[Cells]]) -> str:
     head = "| method | " + " | ".join(rows) + " |\n|---" + "|---:" * len(rows) + "|\n"
     losses, shares = head, head
     for method, runs in table.items():
-        losses += f"| {method} | " + " | ".join(_cell([c[r] for c in runs], 3) for r in rows) + " |\n"
+        losses += (
+            f"| {method} | " + " | ".join(_cell([c[r] for c in runs], 3) for r in rows) + " |\n"
+        )
         gains = {
-            r: [100 * (base[r] - c[r]) / (base[r] - oracle[r]) for c in runs] for r in rows if r not in ELSEWHERE
+            r: [100 * (base[r] - c[r]) / (base[r] - oracle[r]) for c in runs]
+            for r in rows
+            if r not in ELSEWHERE
         }
         worse = {r: [100 * (c[r] - base[r]) / base[r] for c in runs] for r in ELSEWHERE}
-        cells = [
-            _cell(gains[r], 0) if r in gains else _cell(worse[r], 1, sign=True) for r in rows
-        ]
+        cells = [_cell(gains[r], 0) if r in gains else _cell(worse[r], 1, sign=True) for r in rows]
         shares += f"| {method} | " + " | ".join(cells) + " |\n"
     return (
         f"Loss in nats per completion token:\n\n{losses}\nShare of the oracle's gain over the base in % (general, "
@@ -185,7 +204,9 @@ def _cell(values: list[float], digits: int, sign: bool = False) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/text"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--records", type=int, default=60, help="scored per domain")
@@ -193,10 +214,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     if not (args.runs / "base").exists():
-        raise SystemExit(f"No base in {args.runs}. Train it first: PEFT_MOE_DATA=… bash recipes/text/run.sh")
+        raise SystemExit(
+            f"No base in {args.runs}. Train it first: PEFT_MOE_DATA=… bash recipes/text/run.sh"
+        )
     start = time.time()
     table = measure(Bench(args.runs, args.records, args.train_records, args.steps), args.seeds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     text = (
         f"## Mixture on real text, {date.today()}\n\n"
         f"`python benchmarks/text_mixture.py --records {args.records} --train-records {args.train_records} "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .config import MoLoraConfig
 from .errors import PeftMoeError
 from .experts.plan import plan_experts
+from .four_bit import keep_unpacked
 from .layer import MoLoraLayer
 from .losses import LOSSES
 from .model_router import ModelRouter
@@ -52,6 +53,7 @@ class MoLoraModel(BaseTuner):
         config: MoLoraConfig = copy.copy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         _check_adapter_name(adapter_name, model)
+        keep_unpacked(model, trains=not config.inference_mode)
         tap, stack = _resolve_tap(config, model)
         plan = plan_experts(config, model)
         # Experts that were just read are real already; only a loader fills empty ones.
@@ -60,7 +62,11 @@ class MoLoraModel(BaseTuner):
         self.__dict__["_injection"] = (plan, tap, stack)
         try:
             super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=empty, state_dict=state_dict
+                model,
+                adapter_name,
+                autocast_adapter_dtype,
+                low_cpu_mem_usage=empty,
+                state_dict=state_dict,
             )
         finally:
             self.__dict__.pop("_injection", None)
@@ -86,7 +92,9 @@ class MoLoraModel(BaseTuner):
         layer = target if isinstance(target, MoLoraLayer) else MoLoraLayer(target, current_key)
         A_RI, B_RO = plan.factors(current_key, layer.in_features, layer.out_features)
         scope = str(peft_config.router_scope)
-        router = Router(peft_config.router_settings(), layer.in_features) if scope == "module" else None
+        router = (
+            Router(peft_config.router_settings(), layer.in_features) if scope == "module" else None
+        )
         layer.add_mixture(
             adapter_name,
             A_RI,
@@ -104,11 +112,15 @@ class MoLoraModel(BaseTuner):
                 layer.requires_grad_(False)
             setattr(parent, target_name, layer)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         # PEFT's version moves weights around, which breaks on empty ones over int8; ours are placed already.
         setattr(parent, child_name, new_module)
 
-    def _seat_routers(self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None) -> None:
+    def _seat_routers(
+        self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None
+    ) -> None:
         # Only now: a seat that exists before the first injection makes PEFT leave the base trainable.
         seat = getattr(model, MODEL_SEAT, None)
         if seat is None:
@@ -116,13 +128,21 @@ class MoLoraModel(BaseTuner):
             setattr(model, MODEL_SEAT, seat)
         seat.loss_fields.update({adapter: n for n in LOSSES if getattr(config, n) > 0})
         seats: list[SharedRouter] = [seat]
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_A}
+        layers = {
+            n: m
+            for n, m in model.named_modules()
+            if isinstance(m, MoLoraLayer) and adapter in m.molora_A
+        }
         if tap is not None:
             width = _hidden_size(model, layers)
             seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
         if config.router_scope == "block":
             seats += _seat_blocks(model, adapter, config, layers)
-        device = next(iter(layers.values())).get_base_layer().weight.device if layers else torch.device("cpu")
+        device = (
+            next(iter(layers.values())).get_base_layer().weight.device
+            if layers
+            else torch.device("cpu")
+        )
         for shared in seats:
             if adapter in shared.molora_router and not _is_empty(shared.molora_router[adapter]):
                 shared.molora_router[adapter].to(device)
@@ -159,7 +179,9 @@ class MoLoraModel(BaseTuner):
         finally:
             seat.pinned = outer
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
         self._refuse_input_dependent(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -173,7 +195,9 @@ class MoLoraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._refuse_input_dependent(adapter_names)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(
+            merge, progressbar, safe_merge, adapter_names
+        )
         for module in list(model.modules()):
             for seat in (MODEL_SEAT, BLOCK_SEAT):
                 if isinstance(getattr(module, seat, None), SharedRouter):
@@ -193,8 +217,18 @@ class MoLoraModel(BaseTuner):
 def _check_adapter_name(adapter: str, model: nn.Module) -> None:
     # PEFT saves and copies adapters by their name between dots; a name that is also a part of a module's
     # path silently leaves tensors out of the file.
-    parts = {p for name, m in model.named_modules() if not isinstance(m, BaseTunerLayer) for p in name.split(".")}
-    inside = {a for m in model.modules() if isinstance(m, BaseTunerLayer) for a in m._get_available_adapters()}
+    parts = {
+        p
+        for name, m in model.named_modules()
+        if not isinstance(m, BaseTunerLayer)
+        for p in name.split(".")
+    }
+    inside = {
+        a
+        for m in model.modules()
+        if isinstance(m, BaseTunerLayer)
+        for a in m._get_available_adapters()
+    }
     if adapter in parts - inside or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter):
         raise PeftMoeError(
             f"adapter_name={adapter!r} is part of the base's module names or no plain name, so that PEFT could "
@@ -236,7 +270,11 @@ def _seat_blocks(
 
 def _hidden_size(model: nn.Module, layers: dict[str, MoLoraLayer]) -> int:
     config = getattr(model, "config", None)
-    size = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "hidden_size", None)
+    size = getattr(
+        config.get_text_config() if hasattr(config, "get_text_config") else config,
+        "hidden_size",
+        None,
+    )
     return int(size) if size is not None else next(iter(layers.values())).in_features
 
 
@@ -252,6 +290,3 @@ def _place(layer: MoLoraLayer, adapter: str) -> None:
     for parts in (layer.molora_A, layer.molora_B, layer.molora_router):
         if adapter in parts and not _is_empty(parts[adapter]):
             parts[adapter].to(weight.device)
-
-
-

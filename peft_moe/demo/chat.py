@@ -19,7 +19,9 @@ def load_mixture(folder: str) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64) -> tuple[str, dict[str, float]]:
+def answer(
+    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64
+) -> tuple[str, dict[str, float]]:
     """The greedy continuation of a prompt, up to the end of the text.
 
     Returns:
@@ -37,7 +39,9 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64)
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    text = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(
+        out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
     weights = dict(zip(config.expert_names, gates_E.tolist(), strict=True))
     return text, {**weights, "null": max(0.0, 1.0 - sum(weights.values()))}
 

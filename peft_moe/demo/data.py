@@ -5,7 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, EXPERTS, Sample, flatten, generate, label, two_skill
+from .skills import (
+    BASE_SKILLS_HELD_OUT,
+    BASE_SKILLS_SEEN,
+    EXPERTS,
+    Sample,
+    flatten,
+    generate,
+    label,
+    two_skill,
+)
 
 Turns = list[Sample]
 
@@ -25,7 +34,9 @@ def router_samples(per_expert: int, seed: int) -> list[dict[str, str]]:
     """
     rng = random.Random(seed)
     generic = -(-per_expert * len(EXPERTS) // len(BASE_SKILLS_SEEN))
-    wanted = [(name, per_expert) for name in EXPERTS] + [(name, generic) for name in BASE_SKILLS_SEEN]
+    wanted = [(name, per_expert) for name in EXPERTS] + [
+        (name, generic) for name in BASE_SKILLS_SEEN
+    ]
     samples = [sample for name, count in wanted for sample in generate(name, count, seed)]
     context = {name: iter(generate(name, 4 * per_expert, seed + 1)) for name, _ in wanted}
     rows = []
@@ -33,7 +44,11 @@ def router_samples(per_expert: int, seed: int) -> list[dict[str, str]]:
         if rng.random() < 1 / 3:
             sample = flatten([next(context[rng.choice(list(context))]), sample])
         rows.append(
-            {"prompt": sample.prompt, "completion": sample.completion, "domain": label(sample.domain)}
+            {
+                "prompt": sample.prompt,
+                "completion": sample.completion,
+                "domain": label(sample.domain),
+            }
         )
     rng.shuffle(rows)
     return rows

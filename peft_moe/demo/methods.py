@@ -92,7 +92,9 @@ def oracle(scored: Mapping[str, Scored], texts: Mapping[str, Sequence[Turns]]) -
     }
 
 
-def train_router(samples: list[dict[str, str]], tokenizer: Any, plan: Training, seed: int, out: str) -> Any:
+def train_router(
+    samples: list[dict[str, str]], tokenizer: Any, plan: Training, seed: int, out: str
+) -> Any:
     """Train only the router with TRL.
 
     Args:
@@ -144,5 +146,3 @@ def fit_mixture(samples: list[dict[str, str]], tokenizer: Any, progress: bool) -
     model = build_mixture(router="context")
     fit_router(model, samples, tokenizer, progress=progress)
     return model.eval()
-
-

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..evaluation import Score, recovered, summarise
 from . import asset_path
-from .data import TWO_SKILLS, UNSEEN_SKILLS, BASE_SKILLS, Turns, router_samples, test_texts
+from .data import BASE_SKILLS, TWO_SKILLS, UNSEEN_SKILLS, Turns, router_samples, test_texts
 from .methods import (
     Scored,
     Training,
@@ -57,7 +57,12 @@ class Stopwatch:
 
 
 def run_demo(
-    out: Path, *, seed: int = 0, per_domain: int = 200, plan: Training | None = None, console: Console | None = None
+    out: Path,
+    *,
+    seed: int = 0,
+    per_domain: int = 200,
+    plan: Training | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the demo, print its table, keep the mixture and ``results.json``.
 
@@ -106,7 +111,11 @@ def run_demo(
 
 
 def _results(
-    scored: Mapping[str, Scored], texts: Mapping[str, Sequence[Turns]], watch: Stopwatch, seed: int, plan: Training
+    scored: Mapping[str, Scored],
+    texts: Mapping[str, Sequence[Turns]],
+    watch: Stopwatch,
+    seed: int,
+    plan: Training,
 ) -> dict[str, Any]:
     summary: dict[str, dict[str, Score]] = {
         method: {row: summarise(turn for text in rows[row] for turn in text) for row in texts}
@@ -115,7 +124,11 @@ def _results(
     shares = {
         method: {
             row: {
-                kind: recovered(getattr(s, kind), getattr(summary["base"][row], kind), getattr(summary[ORACLE][row], kind))
+                kind: recovered(
+                    getattr(s, kind),
+                    getattr(summary["base"][row], kind),
+                    getattr(summary[ORACLE][row], kind),
+                )
                 for kind in ("loss", "accuracy")
             }
             for row, s in rows.items()
@@ -126,8 +139,14 @@ def _results(
     return {
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "training": {"steps": plan.steps, "learning_rate": plan.learning_rate, "mixture": plan.mixture},
-        "methods": {m: {row: s.to_dict() for row, s in rows.items()} for m, rows in summary.items()},
+        "training": {
+            "steps": plan.steps,
+            "learning_rate": plan.learning_rate,
+            "mixture": plan.mixture,
+        },
+        "methods": {
+            m: {row: s.to_dict() for row, s in rows.items()} for m, rows in summary.items()
+        },
         "recovered": shares,
         "seconds": watch.seconds,
     }
@@ -146,7 +165,9 @@ def _keep(out: Path, mixture: Any, tokenizer: Any, results: dict[str, Any]) -> N
 def _table(results: dict[str, Any]) -> Table:
     methods: dict[str, dict[str, dict[str, float]]] = results["methods"]
     rows = list(methods["base"])
-    table = Table(title="exact match in % (loss in nats per token), fresh questions", header_style="bold")
+    table = Table(
+        title="exact match in % (loss in nats per token), fresh questions", header_style="bold"
+    )
     table.add_column("method")
     for row in rows:
         table.add_column(row, justify="right")
@@ -167,7 +188,9 @@ def _verdict(results: dict[str, Any]) -> str:
     for method in (GATELESS, FITTED, TRAINED):
         worst = min(EXPERTS, key=lambda row: shares[method][row]["accuracy"])
         kept = methods[method][BASE_SKILLS]["accuracy"] / methods["base"][BASE_SKILLS]["accuracy"]
-        unseen = methods["base"][UNSEEN_SKILLS]["accuracy"] - methods[method][UNSEEN_SKILLS]["accuracy"]
+        unseen = (
+            methods["base"][UNSEEN_SKILLS]["accuracy"] - methods[method][UNSEEN_SKILLS]["accuracy"]
+        )
         lines.append(
             f"{method}: recovers {100 * shares[method][worst]['accuracy']:.0f} % or more of the oracle's gain over the "
             f"base (least: {worst}), {100 * shares[method][TWO_SKILLS]['accuracy']:.0f} % in texts of two skills; keeps "
