@@ -57,6 +57,10 @@ class SharedRouter(nn.Module, MixtureLayer):
         if not router.trainable:
             self.frozen_peft_weight_names[adapter] = ("molora_router",)
 
+    def forward(self, x: Any) -> Any:
+        """Pass on what comes in: an ``nn.Sequential`` takes a seat in it for one of its steps."""
+        return x
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing of a router can be merged; the layers refuse before this is reached."""
 
