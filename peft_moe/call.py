@@ -52,7 +52,8 @@ def read_call(call: dict[str, Any], *, causal: bool) -> RoutingContext:
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return RoutingContext()
     shape = (tokens.shape[0], tokens.shape[1])
-    context = RoutingContext(real=_real_tokens(call.get("attention_mask"), shape), shape=shape)
+    real = _real_tokens(call.get("attention_mask"), shape, past_length(call))
+    context = RoutingContext(real=real, shape=shape)
     inputs = current_inputs()
     if inputs is not None and inputs.domains is not None:
         context.domains = inputs.domains.to(tokens.device)
@@ -67,7 +68,7 @@ def _is_per_token(labels: Any, shape: tuple[int, int]) -> bool:
     return isinstance(labels, Tensor) and tuple(labels.shape) == shape
 
 
-def _real_tokens(mask: Any, shape: tuple[int, int]) -> Tensor | None:
+def _real_tokens(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
     if not isinstance(mask, Tensor):
@@ -76,12 +77,11 @@ def _real_tokens(mask: Any, shape: tuple[int, int]) -> Tensor | None:
     if mask.dim() == 2:
         # With a cache the mask also covers the past; this call's tokens are the last ones.
         return mask[:, -length:].bool()
-    if mask.dim() == 4:
-        # A real token attends at least to itself; a padded row or column attends to nothing.
+    if mask.dim() == 4 and past == 0 and mask.shape[-2] == length <= mask.shape[-1]:
+        # A real token attends to itself, within every window; nobody attends to padding.
         # Boolean masks say True for "attend", additive ones say 0.
         attends = mask if mask.dtype == torch.bool else mask == 0
-        last_query_T = attends[:, 0, -1, :]
-        return last_query_T[:, :length] if attends.shape[-2] == length else None
+        return attends[:, 0].diagonal(dim1=-2, dim2=-1)
     return None
 
 

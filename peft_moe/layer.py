@@ -147,6 +147,16 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             )
         self.awaited.discard(adapter)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # Awaited experts take the dtype of the file, else copying would widen or round them.
+        for side in ("molora_A", "molora_B"):
+            for adapter in self.awaited:
+                stored = state_dict.get(f"{prefix}{side}.{adapter}.weight")
+                if stored is not None:
+                    weight = getattr(self, side)[adapter].weight
+                    weight.data = weight.data.to(stored.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def constant_gates(self, adapter: str) -> Tensor:
         """Gates [E] of a router that does not read its input.
 

@@ -104,6 +104,7 @@ class ModelRouter(SharedRouter):
                 self._settle(adapter, kept, context)
                 return
         if tap.below == "probe":
+            self._refuse_late_prompt(adapter, call)
             probe_cache = self._probe_cache(model, adapter, call, context)
             hidden_BTI = run_probe(model, tap, call, context, probe_cache)
             self._settle(adapter, router(hidden_BTI, context), context)
@@ -125,13 +126,20 @@ class ModelRouter(SharedRouter):
             return self.pinned.get(adapter)
         return None
 
+    def _refuse_late_prompt(self, adapter: str, call: dict[str, Any]) -> None:
+        # The bare base has no keys of the cached tokens: a probe of the new ones alone would misread them.
+        if self.molora_router[adapter].settings.granularity == "sequence" and past_length(call) > 0:
+            raise PeftMoeError(
+                f"adapter {adapter!r}: a new prompt on a filled KV cache cannot be probed with "
+                "router_below_tap='probe'; pass the whole text without cache, or use router_below_tap='base'"
+            )
+
     def _probe_cache(
         self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext
     ) -> DynamicCache | None:
         # A decision per token needs the base's own keys below the tap in every decoding step.
         router = self.molora_router[adapter]
-        wants_cache = call.get("past_key_values") is not None or call.get("use_cache")
-        if router.settings.granularity != "token" or not wants_cache or model.training:
+        if router.settings.granularity != "token" or not _fills_cache(model, call):
             return None
         state = find_state(call.get("past_key_values"), adapter)
         if state is not None and state.probe_cache is not None:
@@ -196,6 +204,14 @@ class ModelRouter(SharedRouter):
 
 def _generates(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def _fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
+    if call.get("past_key_values") is not None:
+        return True
+    # Left open, it is the base's default; in training nobody uses the cache that comes of it.
+    by_default = getattr(model.config, "use_cache", False) and not model.training
+    return bool(call.get("use_cache", by_default))
 
 
 def _returned_cache(output: Any, call: dict[str, Any]) -> Any:

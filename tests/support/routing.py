@@ -1,0 +1,94 @@
+"""The routings under test, and routers set to known weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_moe.routers import Router
+
+from .bases import ARCHITECTURES
+
+# Every scope, granularity and place of the tap that the core offers.
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "uniform": {"router": "uniform"},
+    "dense": {"router": "linear"},
+    "top2": {"router": "linear", "top_k": 2},
+    "random": {"router": "random"},
+    "block": {"router": "linear", "router_scope": "block"},
+    "token-probe": {"router": "linear", "router_scope": "model", "router_below_tap": "probe"},
+    "token-base": {"router": "linear", "router_scope": "model", "router_below_tap": "base"},
+    "prompt-probe": {"router": "context", "router_below_tap": "probe"},
+    "prompt-base": {"router": "context", "router_below_tap": "base"},
+    # Soft gates per prompt: where "context" would choose alike, these still differ.
+    "prompt-soft": {
+        "router": "linear",
+        "router_scope": "model",
+        "router_granularity": "sequence",
+        "null_expert": True,
+    },
+}
+PER_MODULE = ["uniform", "dense", "top2", "random"]
+
+
+# One of each kind, for architectures that differ from another one in their base only.
+ESSENTIAL = ["uniform", "top2", "block", "token-probe", "prompt-base"]
+_EVERYTHING = {"llama", "gpt2", "gemma3"}
+
+
+def routings_for(architecture: str) -> list[str]:
+    """What is tested on this architecture; one decision cannot serve the two texts of a seq2seq."""
+    if ARCHITECTURES[architecture].kind == "seq2seq":
+        return PER_MODULE
+    return list(ROUTINGS) if architecture in _EVERYTHING else ESSENTIAL
+
+
+PAIRS = [(name, routing) for name in ARCHITECTURES for routing in routings_for(name)]
+# Routers whose weights can be set to choose one expert.
+GATED = [(name, routing) for name, routing in PAIRS if routing != "uniform"]
+
+
+def routers(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str, Router]]:
+    """Every router of ``adapter``, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and name.endswith(f"molora_router.{adapter}"):
+            yield name, module
+
+
+def set_routers(model: nn.Module, seed: int = 0, adapter: str = "default") -> None:
+    """Random scores of about 1.5, drawn per router: gates far from uniform and from one-hot.
+
+    The null expert is made unlikely, since a batch that takes it throughout would prove little.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, router in routers(model, adapter):
+            scale = 1.5 / router.in_features**0.5
+            for parameter in router.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if router.settings.top_k == 1:
+                router.scorer.bias.zero_()  # else one expert wins for every prompt
+            if router.settings.null_expert:
+                router.scorer.bias[-1] -= 3
+
+
+def choose(model: nn.Module, column: int, adapter: str = "default") -> None:
+    """Gates of exactly 1 at one column, an expert or the null expert behind the last one."""
+    with torch.no_grad():
+        for _, router in routers(model, adapter):
+            router.scorer.weight.zero_()
+            # exp(-10_000) is 0 in every float, so that softmax is exactly one-hot.
+            router.scorer.bias.fill_(-10_000.0)
+            router.scorer.bias[column] = 0.0
+
+
+def permute_columns(model: nn.Module, order: list[int], adapter: str = "default") -> None:
+    """Reorder the routers' rows as the experts were reordered; a null expert stays last."""
+    with torch.no_grad():
+        for _, router in routers(model, adapter):
+            rows = order + ([len(order)] if router.settings.null_expert else [])
+            for parameter in router.parameters():
+                parameter.copy_(parameter[rows].clone())
