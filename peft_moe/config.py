@@ -8,9 +8,10 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .config_checks import check_fields, check_routing
+from .config_checks import check_routing
 from .errors import PeftMoeError, near_matches
 from .experts.spec import ExpertSpec
+from .field_checks import check_fields
 from .routers import PRESETS, RouterSettings, Scorer, available_scorers, scorer_class
 
 FORMAT_VERSION = 1
@@ -114,19 +115,18 @@ class MoLoraConfig(PeftConfig):
     target_parameters: None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's own
         # A member that the registration adds to PEFT's enum, which type checkers cannot see.
         self.peft_type = PeftType("MOLORA")
+        check_fields(self)
         if self.format_version > FORMAT_VERSION:
             raise PeftMoeError(
                 f"format_version={self.format_version} is newer than {FORMAT_VERSION}, the newest that "
                 "this peft-moe reads; upgrade peft-moe"
             )
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's habit
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        check_fields(self)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))  # PEFT's habit
         self._fill_from_preset()
         check_routing(self, self.router_settings(), self.scorer)
 
@@ -138,6 +138,9 @@ class MoLoraConfig(PeftConfig):
         for name in (*_ROUTING_DEFAULTS, "top_k", "router_init_std"):
             if getattr(self, name) is None:
                 setattr(self, name, preset.get(name, _ROUTING_DEFAULTS.get(name)))
+                if name == "top_k" and self.top_k is not None:
+                    # A preset's own top_k also serves mixtures of fewer experts than that.
+                    self.top_k = min(self.top_k, self.num_experts + bool(self.null_expert))
         if self.router_init_std is None:
             columns = self.num_experts + bool(self.null_expert)
             ties_starve = self.top_k is not None and self.top_k < columns and not self.straight_through
@@ -167,6 +170,10 @@ class MoLoraConfig(PeftConfig):
         """True once the experts are described by records: in injected, saved and loaded configs."""
         return isinstance(self.experts, list) and all(isinstance(entry, dict) for entry in self.experts)
 
+    def _records(self) -> list[dict[str, Any]]:
+        entries = self.experts if isinstance(self.experts, list) else []
+        return [entry for entry in entries if isinstance(entry, dict)]
+
     def sources(self) -> dict[str, str]:
         """Name to folder or Hub id, for a config whose experts are still to be read; else empty."""
         if isinstance(self.experts, dict):
@@ -188,7 +195,7 @@ class MoLoraConfig(PeftConfig):
             ]
         if not self.experts_embedded:
             raise PeftMoeError("the experts have not been read yet; inject the config into a model first")
-        return [ExpertSpec.from_record(record) for record in self.experts]
+        return [ExpertSpec.from_record(record) for record in self._records()]
 
     @property
     def experts_train(self) -> bool:
@@ -196,7 +203,7 @@ class MoLoraConfig(PeftConfig):
         if self.train_experts is not None:
             return self.train_experts
         return isinstance(self.experts, int) or (
-            self.experts_embedded and all(not record.get("source") for record in self.experts)
+            self.experts_embedded and all(not record.get("source") for record in self._records())
         )
 
     def router_settings(self) -> RouterSettings:

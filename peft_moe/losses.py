@@ -26,9 +26,9 @@ def decision_weights(routing: Routing, context: RoutingContext) -> Tensor:
     """
     scored = routing.logits if routing.logits is not None else routing.gates
     rows, columns = scored.shape[:2]
-    real_BT = context.real
-    if real_BT is None or rows * columns == 1:
+    if context.real is None or rows * columns == 1:
         return scored.new_ones(rows, columns, dtype=torch.float32)
+    real_BT = context.real.to(scored.device)
     if real_BT.shape == (rows, columns):
         return real_BT.float()
     if columns == 1 and rows == real_BT.shape[0]:
@@ -56,7 +56,7 @@ def load_balancing_loss(routing: Routing, weights_BT: Tensor, context: RoutingCo
     if routing.selected is None:
         shares_X = torch.ones_like(probabilities_X)
     else:
-        shares_X = _mean(routing.selected.float(), weights_BT)
+        shares_X = _mean(routing.selected.to(logits_BTX.dtype), weights_BT)
     return logits_BTX.shape[-1] * (shares_X * probabilities_X).sum()
 
 
@@ -78,6 +78,7 @@ def label_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) ->
     domains_B = context.domains
     if domains_B is None or logits_BTX.shape[0] != domains_B.shape[0]:
         return logits_BTX.sum() * 0.0
+    domains_B = domains_B.to(logits_BTX.device)
     known_B1 = (domains_B >= 0).float()[:, None]
     target_BT = domains_B.clamp_min(0)[:, None].expand(logits_BTX.shape[:2])
     losses_BT = functional.cross_entropy(logits_BTX.flatten(0, 1), target_BT.flatten(), reduction="none")
@@ -106,8 +107,11 @@ def auxiliary_losses(record: RoutingRecord, names: list[str]) -> dict[str, Tenso
     scored = [routing for routing in record.decisions.values() if routing.logits is not None]
     if context is None or not scored:
         return {}
+    device = scored[0].gates.device  # a model may be spread over several
     return {
-        name: torch.stack([LOSSES[name](r, decision_weights(r, context), context) for r in scored]).mean()
+        name: torch.stack(
+            [LOSSES[name](r, decision_weights(r, context), context).to(device) for r in scored]
+        ).mean()
         for name in names
     }
 

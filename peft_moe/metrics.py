@@ -53,7 +53,8 @@ def routing_summary(record: RoutingRecord, expert_names: list[str]) -> dict[str,
     decisions = list(record.decisions.values())
     if context is None or not decisions:
         return {}
-    load_E = torch.stack([expert_load(r, context) for r in decisions]).mean(0)
+    device = decisions[0].gates.device  # a model may be spread over several
+    load_E = torch.stack([expert_load(r, context).to(device) for r in decisions]).mean(0)
     entropy = torch.stack([routing_entropy(r, context).to(load_E.device) for r in decisions]).mean()
     summary = {f"load/{name}": value for name, value in zip(expert_names, load_E.tolist(), strict=True)}
     if any(r.logits is not None and r.logits.shape[-1] > len(expert_names) for r in decisions):

@@ -43,7 +43,8 @@ class Routing:
 
     def map(self, move: Any) -> Routing:
         """The same decision with ``move`` applied to each of its tensors."""
-        return Routing(*(None if t is None else move(t) for t in (self.gates, self.logits, self.selected)))
+        logits, selected = (None if t is None else move(t) for t in (self.logits, self.selected))
+        return Routing(gates=move(self.gates), logits=logits, selected=selected)
 
     def detach(self) -> Routing:
         """The same decision, cut off from the graph that made it."""

@@ -25,6 +25,9 @@ class RankMap:
         default_factory=dict, repr=False, compare=False
     )
 
+    def __post_init__(self) -> None:
+        assert len(self.ranks) == len(self.scaling) > 0, (self.ranks, self.scaling)
+
     @property
     def total(self) -> int:
         """R, the number of ranks of the layer."""
@@ -54,8 +57,10 @@ class RankMap:
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on_device:
             owners = [e for e, rank in enumerate(self.ranks) for _ in range(rank)]
-            self._on_device[device] = (
-                torch.tensor(owners, dtype=torch.long, device=device),
-                torch.tensor(self.scaling, dtype=torch.float64, device=device),
-            )
+            # Made under torch.inference_mode() they could never be used in training afterwards.
+            with torch.inference_mode(False):
+                self._on_device[device] = (
+                    torch.tensor(owners, dtype=torch.long, device=device),
+                    torch.tensor(self.scaling, dtype=torch.float64, device=device),
+                )
         return self._on_device[device]

@@ -80,5 +80,5 @@ class Router(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self

@@ -27,7 +27,9 @@ def pool_prompts(x_BTI: Tensor, context: RoutingContext, how: str) -> Tensor:
         [B, S, I] in the dtype of ``x_BTI``; rows of turns that a sequence lacks are zero.
     """
     weights_BST = _pool_weights(x_BTI, context, how)
-    return weights_BST @ x_BTI
+    # A weight of zero would not hide NaN or infinity, which hidden states at padding may be.
+    seen_BT1 = (weights_BST != 0).any(dim=1)[..., None]
+    return weights_BST @ torch.where(seen_BT1, x_BTI, 0.0)
 
 
 def _pool_weights(x_BTI: Tensor, context: RoutingContext, how: str) -> Tensor:

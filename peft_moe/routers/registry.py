@@ -8,6 +8,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ..errors import PeftMoeError, near_matches
+from .presets import PRESETS
 from .settings import RouterSettings
 
 
@@ -50,17 +51,29 @@ def register_router(name: str) -> Callable[[ScorerT], ScorerT]:
     """Class decorator: make a :class:`Scorer` available as ``MoLoraConfig(router=name)``.
 
     Raises:
-        PeftMoeError: the name is taken by another class.
+        PeftMoeError: the name is no text or taken by another class, or the class is no Scorer.
     """
 
     def add(cls: ScorerT) -> ScorerT:
+        if not isinstance(name, str) or not name:
+            raise PeftMoeError(f"router name {name!r} must be non-empty text, as in register_router('mine')")
+        if not (isinstance(cls, type) and issubclass(cls, Scorer)):
+            raise PeftMoeError(f"router {name!r}: {cls!r} is not a Scorer; derive it from peft_moe.Scorer")
         taken = _SCORERS.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise PeftMoeError(f"router name {name!r} is taken by {taken.__qualname__}; choose another")
+        # The same class may come again: a module that is reloaded, a notebook cell that is run twice.
+        if taken is not None and _origin(taken) != _origin(cls):
+            raise PeftMoeError(f"router name {name!r} is taken by {_origin(taken)}; choose another")
+        # A preset would silently win over the class.
+        if PRESETS.get(name, {}).get("scorer", name) != name:
+            raise PeftMoeError(f"router name {name!r} is taken by a preset; choose another")
         _SCORERS[name] = cls
         return cls
 
     return add
+
+
+def _origin(cls: type[Scorer]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def scorer_class(name: str) -> type[Scorer]:
@@ -70,7 +83,7 @@ def scorer_class(name: str) -> type[Scorer]:
         PeftMoeError: there is none; names near matches.
     """
     if name not in _SCORERS:
-        raise PeftMoeError(f"router_scorer={name!r} is not known.{near_matches(name, _SCORERS)}")
+        raise PeftMoeError(f"router={name!r} is not known.{near_matches(name, _SCORERS)}")
     return _SCORERS[name]
 
 

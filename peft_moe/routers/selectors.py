@@ -33,12 +33,15 @@ def select(logits_BTX: Tensor, settings: RouterSettings) -> Routing:
 
     Returns:
         A :class:`Routing` with gates [B, T, E]; the null expert's column is dropped from the gates
-        (its weight goes to no expert) and kept in the logits.
+        (its weight goes to no expert) and kept in the logits, which are divided by the temperature.
     """
-    dense_BTX = SCORING_FUNCS[settings.scoring_func](logits_BTX / settings.temperature)
+    # From here on "logits" are what the gates are made of: losses and reports see the temperature, too.
+    logits_BTX = logits_BTX / settings.temperature
+    dense_BTX = SCORING_FUNCS[settings.scoring_func](logits_BTX)
     weights_BTX, selected_BTX = dense_BTX, None
     if settings.top_k is not None and settings.top_k < settings.num_columns:
-        ids_BTK = dense_BTX.topk(settings.top_k, dim=-1).indices
+        # Of the logits: large scores are all 1.0 after a sigmoid, and would tie.
+        ids_BTK = logits_BTX.topk(settings.top_k, dim=-1).indices
         selected_BTX = torch.zeros_like(dense_BTX, dtype=torch.bool).scatter_(-1, ids_BTK, True)
         weights_BTX = torch.where(selected_BTX, dense_BTX, torch.zeros_like(dense_BTX))
     if settings.norm_topk_prob:

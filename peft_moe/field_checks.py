@@ -1,0 +1,189 @@
+"""What a ``MoLoraConfig`` refuses field by field: types, ranges, names. Each test reads one value only."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import PeftMoeError, near_matches
+from .experts.spec import ExpertSpec
+from .routers import SCORING_FUNCS
+from .routers.pooling import POOLS
+
+if TYPE_CHECKING:
+    from .config import MoLoraConfig
+
+COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef", "router_label_loss_coef")
+
+# A damaged config must not fill the screen.
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 120
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "router_scope": ("module", "block", "model"),
+    "router_below_tap": ("probe", "base"),
+    "router_granularity": ("token", "sequence"),
+    "router_pool": POOLS,
+    "scoring_func": tuple(SCORING_FUNCS),
+}
+
+
+def check_fields(config: MoLoraConfig) -> None:
+    """Each field by itself.
+
+    Raises:
+        PeftMoeError: naming the field, its value and the fix.
+    """
+    for name, (wanted, valid) in _VALID.items():
+        value = getattr(config, name)
+        if not valid(value):
+            raise PeftMoeError(f"{name}={_shown.repr(value)} must be {wanted}")
+    for name, options in _CHOICES.items():
+        value = getattr(config, name)
+        if value is not None and value not in options:
+            raise PeftMoeError(f"{name}={value!r} is not known.{near_matches(str(value), options)}")
+    _check_experts(config.experts)
+    if config.bias != "none":
+        raise PeftMoeError(
+            f"bias={config.bias!r}: a trained bias cannot be gated per token; only 'none' is possible"
+        )
+
+
+def _check_experts(experts: Any) -> None:
+    if isinstance(experts, bool) or not isinstance(experts, int | dict | list):
+        raise PeftMoeError(
+            f"experts={experts!r}: give a dict of names and adapter folders, a list of folders, or a "
+            "number of fresh experts"
+        )
+    count = experts if isinstance(experts, int) else len(experts)
+    if count < 1:
+        raise PeftMoeError(f"experts={experts!r}: a mixture needs at least one expert; add one")
+    if isinstance(experts, dict):
+        for name, source in experts.items():
+            if not isinstance(name, str) or not isinstance(source, str) or not source:
+                raise PeftMoeError(
+                    f"experts[{name!r}]={source!r}: names and sources must be text; "
+                    "give the adapter's folder or Hub id"
+                )
+    if isinstance(experts, list):
+        _check_expert_list(experts)
+
+
+def _check_expert_list(experts: list[Any]) -> None:
+    if all(isinstance(entry, dict) for entry in experts):
+        names = [entry.get("name") for entry in experts]
+        for entry in experts:
+            _check_record(entry)
+    elif all(isinstance(entry, str) and entry for entry in experts):
+        names = [entry.rstrip("/").split("/")[-1].split("@")[0] for entry in experts]
+    else:
+        raise PeftMoeError(f"experts={experts!r}: a list must hold adapter folders or Hub ids, all as text")
+    for name in names:
+        if not isinstance(name, str) or not name or names.count(name) > 1:
+            raise PeftMoeError(
+                f"experts: the name {name!r} is missing, no text, or given {names.count(name)} times; "
+                "give a dict with a name for each"
+            )
+
+
+def _check_record(record: dict[Any, Any]) -> None:
+    unknown = sorted(str(key) for key in set(record) - {f.name for f in fields(ExpertSpec)})
+    if unknown:
+        raise PeftMoeError(
+            f"experts: the record of {record.get('name')!r} has unknown fields {unknown}, which could change "
+            "the result; upgrade peft-moe, or remove them"
+        )
+    for key in ("r", "lora_alpha"):
+        wanted, valid = _VALID[key]
+        if key in record and not valid(record[key]):
+            raise PeftMoeError(
+                f"experts: the record of {record.get('name')!r} has {key}={record[key]!r}, "
+                f"which must be {wanted}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_not_negative(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _many(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple | set) and all(valid(item) for item in value)
+
+
+def _optional(*choices: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or any(valid(value) for valid in choices)
+
+
+def _is_index_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_word(k) and _many(_is_index)(v) for k, v in value.items())
+
+
+_NAMES = "a list of module names, or a regex as text"
+_TRUTH = "True or False"
+_COUNT = "a whole number ≥ 1"
+_POSITIVE = "a finite number > 0"
+_NOT_NEGATIVE = "a finite number ≥ 0; 0 switches it off"
+
+_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "format_version": (_COUNT, _is_count),
+    "target_modules": (
+        f"{_NAMES}; leave it out for the default",
+        _optional(_is_word, lambda v: _many(_is_word)(v) and len(v) > 0),
+    ),
+    "exclude_modules": (_NAMES, _optional(_is_word, _many(_is_word))),
+    "layers_to_transform": ("a layer's index or a list of them", _optional(_is_index, _many(_is_index))),
+    "layers_pattern": ("the name of the stack of layers, or a list", _optional(_is_word, _many(_is_word))),
+    "modules_to_save": ("a list of module names", _optional(_many(_is_word))),
+    "trainable_token_indices": (
+        "a list of token ids, or a dict of embedding names and such lists",
+        _optional(_many(_is_index), _is_index_map),
+    ),
+    "r": (_COUNT, _is_count),
+    "lora_alpha": (_POSITIVE, _is_positive),
+    "use_rslora": (_TRUTH, _is_bool),
+    "init_weights": (_TRUTH, _is_bool),
+    "train_experts": (_TRUTH, _optional(_is_bool)),
+    "router": ("the name of a preset or a registered router, such as 'linear'", _is_word),
+    "router_tap": ("a layer's index ≥ 0 or a layer's name", _optional(_is_index, _is_word)),
+    "router_input_norm": (_TRUTH, _optional(_is_bool)),
+    "router_temperature": (_POSITIVE, _optional(_is_positive)),
+    "router_init_std": (_NOT_NEGATIVE, _optional(_is_not_negative)),
+    "top_k": (_COUNT, _optional(_is_count)),
+    "norm_topk_prob": (_TRUTH, _optional(_is_bool)),
+    "straight_through": (_TRUTH, _optional(_is_bool)),
+    "null_expert": (_TRUTH, _optional(_is_bool)),
+    "allow_base_mismatch": (_TRUTH, _is_bool),
+    **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _is_not_negative)),
+}

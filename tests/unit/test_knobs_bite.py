@@ -1,0 +1,168 @@
+"""Every field of ``MoLoraConfig`` does something: change it, and something that can be measured changes.
+
+One row per field. The table is compared with the dataclass, so that a field without a row fails.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_moe import MoLoraConfig, PeftMoeError, record_routing, routing_inputs
+from peft_moe.losses import LOSSES, auxiliary_losses
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+torch.manual_seed(0)
+BASE = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+IDS = torch.arange(1, 13).view(2, 6)
+PROMPT = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()
+FIXED = {"experts": 3, "target_modules": ["q_proj", "up_proj"], "init_weights": False, "router_init_std": 1.0}
+SHARED = {"router_scope": "model", "router_granularity": "sequence", "router_tap": 2}
+TOP_1 = {"top_k": 1, "norm_topk_prob": False}
+
+
+def mixture(**fields: Any) -> nn.Module:
+    """A mixture of drawn experts; routers that are drawn, too, so that they decide by the token."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(copy.deepcopy(BASE), MoLoraConfig(**{**FIXED, **fields})).eval()
+
+
+def logits(**fields: Any) -> Tensor:
+    model = mixture(**fields)
+    with routing_inputs(prompt_mask=PROMPT), torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def adapted(**fields: Any) -> list[str]:
+    """Names of the adapted layers: for fields that say where."""
+    return sorted(n for n, m in mixture(**fields).named_modules() if hasattr(m, "rank_maps"))
+
+
+def trained(**fields: Any) -> list[str]:
+    """Names of what trains."""
+    return sorted(n for n, p in mixture(**fields).named_parameters() if p.requires_grad)
+
+
+def backward(**fields: Any) -> Tensor:
+    """Gradient of the router's first weight: for fields that leave the output as it is."""
+    model = mixture(**fields)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return next(p.grad for n, p in model.named_parameters() if "scorer.weight" in n)
+
+
+def total_loss(**fields: Any) -> Tensor:
+    """The weighted sum that a trainer adds, from the config's coefficients."""
+    model = mixture(**fields)
+    config = model.peft_config["default"]
+    with record_routing() as record, routing_inputs(domains=torch.tensor([0, 1])):
+        model(input_ids=IDS)
+    values = auxiliary_losses(record, list(LOSSES))
+    return torch.stack([getattr(config, name) * value for name, value in values.items()]).sum()
+
+
+# Field -> (measure, fields that both sides share, one value, another value).
+Row = tuple[Callable[..., Any], dict[str, Any], Any, Any]
+BITES: dict[str, Row] = {
+    "experts": (logits, {}, 3, 4),
+    "target_modules": (adapted, {}, ["q_proj"], ["v_proj"]),
+    "exclude_modules": (adapted, {}, None, ["up_proj"]),
+    "layers_to_transform": (adapted, {}, None, [1]),
+    "layers_pattern": (adapted, {"layers_to_transform": [1]}, "layers", "blocks"),
+    "modules_to_save": (trained, {}, None, ["lm_head"]),
+    "trainable_token_indices": (trained, {}, None, [1, 2]),
+    "r": (logits, {}, 2, 4),
+    "lora_alpha": (logits, {}, 8, 16),
+    "use_rslora": (logits, {}, False, True),
+    "init_weights": (logits, {}, False, True),
+    "train_experts": (trained, {}, True, False),
+    "router": (logits, {}, "linear", "random"),
+    "router_scope": (logits, {}, "module", "block"),
+    "router_tap": (logits, SHARED, 1, 2),
+    "router_below_tap": (logits, SHARED, "probe", "base"),
+    "router_granularity": (logits, SHARED, "token", "sequence"),
+    "router_pool": (logits, SHARED, "mean", "last"),
+    "router_input_norm": (logits, {}, False, True),
+    "router_temperature": (logits, {}, 1.0, 0.3),
+    "router_init_std": (logits, {}, 0.0, 1.0),
+    "scoring_func": (logits, {}, "softmax", "sigmoid"),
+    "top_k": (logits, {}, None, 2),
+    "norm_topk_prob": (logits, {"top_k": 2}, True, False),
+    "straight_through": (backward, TOP_1, False, True),
+    "null_expert": (logits, {}, False, True),
+    "router_aux_loss_coef": (total_loss, TOP_1, 0.01, 0.1),
+    "router_z_loss_coef": (total_loss, {}, 0.01, 0.1),
+    "router_label_loss_coef": (total_loss, {}, 0.01, 0.1),
+}
+# Fields with a test of their own below: they refuse, instead of changing a number.
+REFUSALS = {"bias", "format_version", "allow_base_mismatch"}
+OURS = {f.name for f in dataclasses.fields(MoLoraConfig) if f.init} - {
+    f.name for f in dataclasses.fields(PeftConfig)
+}
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, atol=1e-6, rtol=1e-4)
+    return one == other
+
+
+def measured(row: Row, name: str, value: Any) -> Any:
+    measure, shared, _, _ = row
+    try:
+        return measure(**{**shared, name: value})
+    except ValueError as error:  # "layers_pattern" that matches nothing: PEFT refuses
+        return type(error)
+
+
+def test_every_field_has_a_row():
+    assert set(BITES) | REFUSALS == OURS
+
+
+@pytest.mark.parametrize("name", BITES)
+def test_bites(name):
+    row = BITES[name]
+    one, other = (measured(row, name, value) for value in row[2:])
+    assert same(one, measured(row, name, row[2]))  # the measure itself is steady
+    assert not same(one, other)
+
+
+@pytest.mark.parametrize(("name", "value"), [("bias", "all"), ("format_version", 99)])
+def test_refuses(name, value):
+    with pytest.raises(PeftMoeError, match=name):
+        MoLoraConfig(**{name: value})
+
+
+def test_allow_base_mismatch_bites(tmp_path):
+    base = copy.deepcopy(BASE)
+    get_peft_model(copy.deepcopy(BASE), LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(
+        config.read_text().replace('"base_model_name_or_path": ""', '"base_model_name_or_path": "x/y"')
+    )
+    config.write_text(
+        config.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "x/y"')
+    )
+    base.name_or_path = base.config._name_or_path = "other/base"
+    experts = {"math": str(tmp_path)}
+    with pytest.raises(PeftMoeError, match="allow_base_mismatch"):
+        get_peft_model(copy.deepcopy(base), MoLoraConfig(experts=experts, null_expert=True))
+    get_peft_model(base, MoLoraConfig(experts=experts, null_expert=True, allow_base_mismatch=True))
