@@ -75,6 +75,10 @@ def _logits(routing: Routing) -> Tensor:
     return routing.logits
 
 
+def _tensors(router: Router) -> dict[str, Tensor]:
+    return {key: value for key, value in router.state_dict().items() if isinstance(value, Tensor)}
+
+
 def _check_shapes(name: str) -> None:
     for null in (False, True):
         router = _router(name, null=null)
@@ -98,7 +102,7 @@ def _check_dtypes(name: str) -> None:
             f"scores of {dtype} inputs are {logits.dtype}, expected {wide}: compute in the dtype of x, and "
             "give parameters `.to(x.dtype)`",
         )
-    for key, value in _router(name).to(torch.bfloat16).state_dict().items():
+    for key, value in _tensors(_router(name).to(torch.bfloat16)).items():
         narrow = value.is_floating_point() and value.dtype != torch.float32
         _require(not narrow, f"{key} is {value.dtype}, expected torch.float32")
 
@@ -144,6 +148,8 @@ def _check_gradients(name: str) -> None:
 
 def _check_state(name: str) -> None:
     router, x = _router(name), _tokens()
+    foreign = sorted(set(router.state_dict()) - set(_tensors(router)))
+    _require(not foreign, f"state_dict() holds {foreign}, which are no tensors and cannot be saved")
     other = _router(name)
     missing = other.load_state_dict(copy.deepcopy(router.state_dict()), strict=True)
     _require(not missing.missing_keys, f"state_dict() lacks {missing.missing_keys}")

@@ -163,6 +163,13 @@ class ExtraState(Prototypes):
         pass
 
 
+class OtherwiseWhenFrozen(Prototypes):
+    """A loaded mixture does not train."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.prototypes.requires_grad)
+
+
 class Raises(Prototypes):
     def forward(self, x):
         return self.prototypes @ x
@@ -182,7 +189,8 @@ BROKEN = [
     (DeadParameter, "gradients", "'unused'"),
     (NothingToTrain, "gradients", "trainable = False"),
     (HiddenState, "state_dict", "parameters or buffers"),
-    (ExtraState, "saving", ""),
+    (ExtraState, "state_dict", "_extra_state"),
+    (OtherwiseWhenFrozen, "saving", "loaded mixture"),
     (Raises, "shapes", "RuntimeError"),
     (NotSaved, "state_dict", "parameters or buffers"),
 ]

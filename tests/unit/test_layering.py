@@ -19,6 +19,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("experts.spec", "config", "config_checks", "field_checks", "testing", "domains"),
     3: (
         "call",
+        "four_bit",
         "taps",
         "probe",
         "decode_state",
