@@ -20,6 +20,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: (
         "call",
         "four_bit",
+        "empty_weights",
         "taps",
         "probe",
         "decode_state",
@@ -87,7 +88,8 @@ def parsed(path: Path) -> ast.Module:
 def climbs(module: str, tree: ast.AST) -> list[str]:
     """Imports that lead to a higher floor."""
     top = floor_of(module)
-    inner = [n for n in imports(module, tree) if n in MODULES]
+    # A file without a floor fails in its own test.
+    inner = [n for n in imports(module, tree) if n in MODULES and floor_of(n) is not None]
     return sorted(f"{module} (F{top}) imports {n} (F{floor_of(n)})" for n in inner if floor_of(n) > top)
 
 
