@@ -98,6 +98,10 @@ class MoLoraLayer(nn.Module, MixtureLayer):
                 frozen += ("molora_router",)
         self.frozen_peft_weight_names[adapter] = frozen
 
+    def _home(self, adapter: str) -> nn.Module | None:
+        base_layer: nn.Module = self.get_base_layer()
+        return base_layer
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active mixture's; [..., I] to [..., O]."""
         if self.disable_adapters and self.merged:
@@ -199,7 +203,9 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             weight = self._base_weight()
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise PeftMoeError(f"{self.name}: merging adapter {adapter!r} gives NaN or infinity; check its experts")
+                raise PeftMoeError(
+                    f"{self.name}: merging adapter {adapter!r} gives NaN or infinity; check its experts"
+                )
             self._set_base_weight(merged)
             self.merged_adapters.append(adapter)
 

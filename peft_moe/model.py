@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from .config import MoLoraConfig
+from .empty_weights import real_weights
 from .errors import PeftMoeError
 from .experts.plan import plan_experts
 from .four_bit import keep_unpacked
@@ -60,18 +60,18 @@ class MoLoraModel(BaseTuner):
         empty = low_cpu_mem_usage and plan.awaited
         # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
         self.__dict__["_injection"] = (plan, tap, stack)
-        try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype,
-                low_cpu_mem_usage=empty,
-                state_dict=state_dict,
-            )
-        finally:
-            self.__dict__.pop("_injection", None)
-            plan.close()
-        with init_empty_weights() if empty else nullcontext():
+        with init_empty_weights() if empty else real_weights():
+            try:
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype,
+                    low_cpu_mem_usage=empty,
+                    state_dict=state_dict,
+                )
+            finally:
+                self.__dict__.pop("_injection", None)
+                plan.close()
             self._seat_routers(model, adapter_name, config, tap)
 
     def _create_and_replace(
@@ -92,9 +92,7 @@ class MoLoraModel(BaseTuner):
         layer = target if isinstance(target, MoLoraLayer) else MoLoraLayer(target, current_key)
         A_RI, B_RO = plan.factors(current_key, layer.in_features, layer.out_features)
         scope = str(peft_config.router_scope)
-        router = (
-            Router(peft_config.router_settings(), layer.in_features) if scope == "module" else None
-        )
+        router = Router(peft_config.router_settings(), layer.in_features) if scope == "module" else None
         layer.add_mixture(
             adapter_name,
             A_RI,
@@ -106,7 +104,8 @@ class MoLoraModel(BaseTuner):
         )
         if plan.awaited:
             layer.awaited.add(adapter_name)
-        _place(layer, adapter_name)
+        # To the base layer's device, never to its dtype: experts keep theirs, routers float32.
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -118,9 +117,7 @@ class MoLoraModel(BaseTuner):
         # PEFT's version moves weights around, which breaks on empty ones over int8; ours are placed already.
         setattr(parent, child_name, new_module)
 
-    def _seat_routers(
-        self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None
-    ) -> None:
+    def _seat_routers(self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None) -> None:
         # Only now: a seat that exists before the first injection makes PEFT leave the base trainable.
         seat = getattr(model, MODEL_SEAT, None)
         if seat is None:
@@ -129,23 +126,15 @@ class MoLoraModel(BaseTuner):
         seat.loss_fields.update({adapter: n for n in LOSSES if getattr(config, n) > 0})
         seats: list[SharedRouter] = [seat]
         layers = {
-            n: m
-            for n, m in model.named_modules()
-            if isinstance(m, MoLoraLayer) and adapter in m.molora_A
+            n: m for n, m in model.named_modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_A
         }
         if tap is not None:
             width = _hidden_size(model, layers)
             seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
         if config.router_scope == "block":
             seats += _seat_blocks(model, adapter, config, layers)
-        device = (
-            next(iter(layers.values())).get_base_layer().weight.device
-            if layers
-            else torch.device("cpu")
-        )
         for shared in seats:
-            if adapter in shared.molora_router and not _is_empty(shared.molora_router[adapter]):
-                shared.molora_router[adapter].to(device)
+            shared._move_adapter_to_device_of_base_layer(adapter)
             shared.enable_adapters(not self._any_disabled(layers))
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -179,9 +168,7 @@ class MoLoraModel(BaseTuner):
         finally:
             seat.pinned = outer
 
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
         self._refuse_input_dependent(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -195,9 +182,7 @@ class MoLoraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._refuse_input_dependent(adapter_names)
-        model: nn.Module = super()._unload_and_optionally_merge(
-            merge, progressbar, safe_merge, adapter_names
-        )
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
             for seat in (MODEL_SEAT, BLOCK_SEAT):
                 if isinstance(getattr(module, seat, None), SharedRouter):
@@ -218,16 +203,10 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
     # PEFT saves and copies adapters by their name between dots; a name that is also a part of a module's
     # path silently leaves tensors out of the file.
     parts = {
-        p
-        for name, m in model.named_modules()
-        if not isinstance(m, BaseTunerLayer)
-        for p in name.split(".")
+        p for name, m in model.named_modules() if not isinstance(m, BaseTunerLayer) for p in name.split(".")
     }
     inside = {
-        a
-        for m in model.modules()
-        if isinstance(m, BaseTunerLayer)
-        for a in m._get_available_adapters()
+        a for m in model.modules() if isinstance(m, BaseTunerLayer) for a in m._get_available_adapters()
     }
     if adapter in parts - inside or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter):
         raise PeftMoeError(
@@ -276,17 +255,3 @@ def _hidden_size(model: nn.Module, layers: dict[str, MoLoraLayer]) -> int:
         None,
     )
     return int(size) if size is not None else next(iter(layers.values())).in_features
-
-
-def _is_empty(module: nn.Module) -> bool:
-    return any(p.device.type == "meta" for p in module.parameters())
-
-
-def _place(layer: MoLoraLayer, adapter: str) -> None:
-    # To the base layer's device, never to its dtype: experts keep theirs, routers float32.
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if weight is None or weight.device.type == "meta":
-        return
-    for parts in (layer.molora_A, layer.molora_B, layer.molora_router):
-        if adapter in parts and not _is_empty(parts[adapter]):
-            parts[adapter].to(weight.device)

@@ -58,6 +58,9 @@ class ModelRouter(SharedRouter):
         self.taps[adapter] = tap
         self.handles.append(tap.layer.register_forward_pre_hook(self._at_tap, with_kwargs=True))
 
+    def _home(self, adapter: str) -> nn.Module | None:
+        return self.taps[adapter].layer if adapter in self.taps else None
+
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's deletion, and the tap with it."""
         super().delete_adapter(adapter_name)
@@ -92,9 +95,7 @@ class ModelRouter(SharedRouter):
             return []
         return [adapter for adapter in self.active_adapters if adapter in self.molora_router]
 
-    def _prepare(
-        self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext
-    ) -> None:
+    def _prepare(self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext) -> None:
         router, tap = self.molora_router[adapter], self.taps[adapter]
         if model.training and torch.is_grad_enabled():
             refuse_reentrant(model)
@@ -109,9 +110,7 @@ class ModelRouter(SharedRouter):
             hidden_BTI = run_probe(model, tap, call, context, probe_cache)
             self._settle(adapter, router(hidden_BTI, context), context)
 
-    def _kept_decision(
-        self, adapter: str, call: dict[str, Any], context: RoutingContext
-    ) -> Routing | None:
+    def _kept_decision(self, adapter: str, call: dict[str, Any], context: RoutingContext) -> Routing | None:
         if context.prompt is not None:
             return None  # the caller marks a prompt: a new turn, a new decision
         if past_length(call) > 0:
@@ -232,4 +231,3 @@ def model_decision(adapter: str, layer_name: str) -> Routing:
             f"{layer_name}: router_scope='model' has taken no decision; call the whole model, not a part of it"
         )
     return context.shared[adapter]
-

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .empty_weights import is_empty
 from .errors import PeftMoeError
 from .routers import Router
 from .routing import Routing, current_context, report
@@ -30,6 +33,26 @@ class MixtureLayer(BaseTunerLayer):
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
+
+    def _home(self, adapter: str) -> nn.Module | None:
+        """The part of the base next to which the weights of ``adapter`` live."""
+        raise NotImplementedError
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT calls this after a load; its own version also casts to the base's dtype, which would round
+        # experts, and asks shared routers for a base layer.
+        home = self._home(adapter_name)
+        if device is None and home is not None:
+            tensors = chain(home.named_parameters(), home.named_buffers())
+            device = next((t.device for name, t in tensors if "molora_" not in name), None)
+        if device is None or device.type == "meta":
+            return
+        for kind in self.adapter_layer_names:
+            parts = getattr(self, kind)
+            if adapter_name in parts and not is_empty(parts[adapter_name]):
+                parts[adapter_name].to(device)
 
 
 class SharedRouter(nn.Module, MixtureLayer):
@@ -88,8 +111,13 @@ class BlockRouter(SharedRouter):
     decides again, and nothing is left over for the next forward pass.
     """
 
+    def _home(self, adapter: str) -> nn.Module | None:
+        block: nn.Module = self.__dict__["_block"]
+        return block
+
     def attach(self, block: nn.Module) -> None:
         """Watch the calls of ``block``, and take a seat in it."""
+        self.__dict__["_block"] = block  # no submodule: the block already holds this seat
         setattr(block, BLOCK_SEAT, self)
         self.handles.append(block.register_forward_pre_hook(self._enter))
         self.handles.append(block.register_forward_hook(self._leave, always_call=True))

@@ -41,7 +41,9 @@ def test_one_hot_gates_on_a_bf16_base_err_as_peft_does(zoo: Zoo, name: str, rout
     batch = batch_for(name, texts())
     model = zoo.mixture(name, routing, base=zoo.base(name).bfloat16())
     choose(model, 0)
-    truth, plain = (zoo.lora(name, EXPERTS[0], base) for base in (rounded(zoo, name), zoo.base(name).bfloat16()))
+    truth, plain = (
+        zoo.lora(name, EXPERTS[0], base) for base in (rounded(zoo, name), zoo.base(name).bfloat16())
+    )
     for lora in (truth, plain):
         silence_below_tap(lora, model, name)
     exact, peft, ours = (logits_of(m, batch) for m in (truth, plain, model))
@@ -74,7 +76,9 @@ def test_one_hot_gates_under_autocast_err_as_peft_does(zoo: Zoo, routing: str, d
     assert 0 < rms(ours - exact) <= SLACK * rms(peft - exact)
 
 
-@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, nn.Module.double], ids=["bf16", "half", "double"])
+@pytest.mark.parametrize(
+    "cast", [nn.Module.bfloat16, nn.Module.half, nn.Module.double], ids=["bf16", "half", "double"]
+)
 @pytest.mark.parametrize("routing", ["dense", "random", "block", "token-probe", "prompt-base"])
 def test_routers_stay_float32_through_casts(zoo: Zoo, routing: str, cast) -> None:
     model = zoo.mixture("llama", routing)
@@ -165,7 +169,9 @@ def test_nf4_base(zoo: Zoo, four_bit, routing: str, tmp_path) -> None:
 
 @pytest.mark.parametrize("first", ["train", "eval", "save"])
 @pytest.mark.parametrize("routing", ["dense", "block", "token-probe", "prompt-soft"])
-def test_nf4_base_trains_routers_whatever_came_before(zoo: Zoo, four_bit, routing: str, first: str, tmp_path) -> None:
+def test_nf4_base_trains_routers_whatever_came_before(
+    zoo: Zoo, four_bit, routing: str, first: str, tmp_path
+) -> None:
     """An eval pass or a save must not change the weights, nor cut the gradients through them."""
     model = zoo.mixture("llama", routing, base=four_bit())
     batch = batch_for("llama", texts())
@@ -180,7 +186,9 @@ def test_nf4_base_trains_routers_whatever_came_before(zoo: Zoo, four_bit, routin
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     assert expected
-    assert all("molora_router" in n and torch.equal(g, expected[n]) and g.abs().max() > 0 for n, g in found.items())
+    assert all(
+        "molora_router" in n and torch.equal(g, expected[n]) and g.abs().max() > 0 for n, g in found.items()
+    )
 
 
 def test_a_packed_nf4_base_cannot_train(zoo: Zoo, four_bit) -> None:

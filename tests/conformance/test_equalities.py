@@ -105,7 +105,9 @@ def test_identical_experts_are_one_expert(zoo: Zoo, name: str, routing: str) -> 
     torch.testing.assert_close(logits_of(model, batch), logits_of(plain, batch), **FP32)
 
 
-@pytest.mark.parametrize(("name", "routing"), [p for p in GATED if ROUTINGS[p[1]] == {"router": "linear"}] + SHARED)
+@pytest.mark.parametrize(
+    ("name", "routing"), [p for p in GATED if ROUTINGS[p[1]] == {"router": "linear"}] + SHARED
+)
 def test_top_k_of_all_experts_is_dense(zoo: Zoo, name: str, routing: str) -> None:
     batch = batch_for(name, texts())
     expected = logits_of(zoo.mixture(name, routing), batch)
@@ -187,8 +189,7 @@ def test_the_gates_of_these_tests_are_not_trivial(zoo: Zoo, name: str, routing: 
     model = zoo.mixture(name, routing)
     with record_routing() as record:
         logits_of(model, batch_for(name, texts(lengths=(9, 6, 4))))
-    shared = ROUTINGS[routing].get("router_scope", "module" if routing != "prompt-base" else "model") != "module"
-    assert shared or len(record.decisions) == len(list(routers(model)))
+    assert len(record.decisions) == len(list(routers(model)))
     gates = torch.cat([decision.gates.flatten(0, 1) for decision in record.decisions.values()])
     assert gates.std(0).max() > 0.05
     if ROUTINGS[routing]["router"] != "context":

@@ -52,9 +52,7 @@ def lora_config(architecture: str, recipe: Recipe) -> LoraConfig:
     return LoraConfig(target_modules=names[recipe.targets], task_type=arch.task_type, **lora)
 
 
-def make_adapter(
-    architecture: str, folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32
-) -> str:
+def make_adapter(architecture: str, folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32) -> str:
     """Save one adapter with PEFT and return its folder."""
     model = get_peft_model(make_base(architecture), lora_config(architecture, recipe))
     randomise(model, recipe.seed)

@@ -115,7 +115,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "t5": Architecture(
         lambda: T5Config(
             vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=2, decoder_start_token_id=PAD,
-            d_model=HIDDEN, d_kv=8, d_ff=96, num_layers=2, num_decoder_layers=2, num_heads=4, dropout_rate=0.0,
+            d_model=HIDDEN, d_kv=8, d_ff=96, num_layers=2, num_decoder_layers=2, num_heads=4,
+            dropout_rate=0.0,
         ),
         attention=("q", "k", "v", "o"),
         mlp=("wi", "wo"),
