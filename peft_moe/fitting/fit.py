@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import MoLoraConfig
@@ -100,8 +101,9 @@ def fit_router(
 
 
 def _mixture(model: nn.Module, adapter_name: str | None) -> tuple[str, MoLoraConfig]:
-    configs = getattr(model, "peft_config", {})
-    names = [adapter_name] if adapter_name is not None else list(getattr(model, "active_adapters", []))
+    configs: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}  # type: ignore[assignment]
+    active = model.active_adapters if isinstance(model, PeftModel) else []
+    names = active if adapter_name is None else [adapter_name]
     for name in names:
         if isinstance(configs.get(name), MoLoraConfig):
             return name, configs[name]

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..checkpointing import uses_reentrant
@@ -24,10 +25,10 @@ def mixture_config(model: nn.Module) -> tuple[str, MoLoraConfig]:
     Raises:
         PeftMoeError: the model carries none.
     """
-    configs = getattr(model, "peft_config", {})
-    for adapter in getattr(model, "active_adapters", []):
-        if isinstance(configs.get(adapter), MoLoraConfig):
-            return adapter, configs[adapter]
+    for adapter in model.active_adapters if isinstance(model, PeftModel) else []:
+        config = model.peft_config[adapter]  # type: ignore[index]
+        if isinstance(config, MoLoraConfig):
+            return adapter, config
     raise PeftMoeError(
         f"{type(model).__name__} carries no active mixture; pass peft_config=MoLoraConfig(…) or a model from "
         "get_peft_model(model, MoLoraConfig(…))"
@@ -120,17 +121,3 @@ def warn_slow_router(args: Any, config: MoLoraConfig) -> None:
             "else trains",
             stacklevel=3,
         )
-
-
-def unpack_4bit(model: nn.Module) -> None:
-    """Undo what an evaluation did to bitsandbytes' 4-bit weights on a CPU with AVX512-BF16.
-
-    There it repacks them in place for a kernel without a backward pass, and whatever lies below such a
-    layer gets no gradient from then on.
-    """
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            module.state_dict()  # bitsandbytes' own way back: it unpacks what it saves

@@ -25,7 +25,6 @@ from .guards import (
     mixture_config,
     restore_router_precision,
     router_weights,
-    unpack_4bit,
     warn_slow_router,
 )
 
@@ -72,11 +71,6 @@ class RouterTrainerMixin:
         check_trainable(self.model, self.mixture)
         warn_slow_router(self.args, self.mixture)
         return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own step, on weights that let gradients through."""
-        unpack_4bit(self.model)
-        return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
