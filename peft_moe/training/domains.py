@@ -62,7 +62,7 @@ def check_domains(dataset: Any, config: MoLoraConfig, args: Any) -> None:
             f"router_label_loss_coef={coefficient} needs a `domain` column that names each sample's expert; "
             f"the dataset has {sorted(columns)}"
         )
-    if hasattr(dataset, "unique"):
+    if hasattr(dataset, "unique") and len(dataset):
         _check_names(dataset.unique(DOMAIN), config)
 
 
