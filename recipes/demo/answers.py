@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from transformers import LlamaForCausalLM
+
 from peft_moe.demo import asset_path
 from peft_moe.demo.skills import BASE, EXPERTS, Sample
 from peft_moe.demo.tokenizer import demo_tokenizer
-from transformers import LlamaForCausalLM
 
 BATCH = 100
 
@@ -71,9 +72,7 @@ def hidden_states(model, samples: list[Sample]) -> dict[tuple[int, str], np.ndar
         prompts = [tokenizer(s.prompt).input_ids for s in samples[start : start + BATCH]]
         ids, mask = _padded(prompts, tokenizer.pad_token_id)
         with torch.no_grad(), answered_by(model, BASE):
-            outputs = model(
-                input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
-            )
+            outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         rows, last = torch.arange(len(ids)), mask.sum(1) - 1
         for tap in range(1, 6):
             states = outputs.hidden_states[tap]

@@ -16,23 +16,29 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import peft_moe.demo
 import torch
+from loop import Schedule, train
 from peft import LoraConfig, get_peft_model
+from rows import base_rows, expert_rows
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import peft_moe.demo
 from peft_moe.demo import BASE_NAME
 from peft_moe.demo.skills import EXPERTS
 from peft_moe.demo.tokenizer import demo_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from loop import Schedule, train
-from rows import base_rows, expert_rows
 
 ASSETS = Path(peft_moe.demo.__file__).parent / "assets"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
-BASE_SCHEDULE = Schedule(1400, 2.0e-3, warmup=100, weight_decay=0.05, tokens_per_step=4096)
+# The base is trained on all its skills evenly, then with the slow ones more often.
+BASE_SCHEDULES = (
+    Schedule(1400, 2.0e-3, warmup=100, weight_decay=0.05, tokens_per_step=4096),
+    Schedule(1200, 1.2e-3, warmup=50, weight_decay=0.05, tokens_per_step=2048),
+    Schedule(600, 1.0e-3, warmup=20, weight_decay=0.05, tokens_per_step=2048),
+)
+SLOW_SHARES = (0.0, 0.5, 0.5)
 EXPERT_SCHEDULE = Schedule(500, 2.0e-3, warmup=20, weight_decay=0.0, tokens_per_step=2048)
 
 
@@ -56,11 +62,25 @@ RECIPES = {
 }
 
 
-def build_base(seed: int) -> None:
-    """Train the base from scratch and write it with its tokenizer."""
-    torch.manual_seed(seed)
+def build_base(first_phase: int) -> None:
+    """Train the base from scratch, or go on with the saved one, and write it."""
     tokenizer = demo_tokenizer()
-    config = LlamaConfig(
+    folder = ASSETS / "base"
+    for phase in range(first_phase, len(BASE_SCHEDULES)):
+        torch.manual_seed(phase)
+        if phase == 0:
+            model = LlamaForCausalLM(_base_config(tokenizer))
+        else:
+            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        rows = base_rows(tokenizer, phase, SLOW_SHARES[phase])
+        train(model, rows, BASE_SCHEDULES[phase], name=f"base, phase {phase}")
+        model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _edit_json(folder / "config.json", _name_or_path=BASE_NAME)
+
+
+def _base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -73,12 +93,6 @@ def build_base(seed: int) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
-    train(model, base_rows(tokenizer, seed), BASE_SCHEDULE, name="base")
-    folder = ASSETS / "base"
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _edit_json(folder / "config.json", _name_or_path=BASE_NAME)
 
 
 def build_expert(name: str) -> None:
@@ -111,11 +125,12 @@ def main() -> None:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description="Rebuild the demo's assets.")
     parser.add_argument("what", choices=("base", "experts"))
+    parser.add_argument("--phase", type=int, default=0, help="go on with the base at this phase")
     parser.add_argument("--only", nargs="+", default=EXPERTS, choices=EXPERTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "base":
-        build_base(seed=0)
+        build_base(arguments.phase)
     else:
         for name in arguments.only:
             build_expert(name)

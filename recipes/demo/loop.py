@@ -6,11 +6,10 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.optim import lr_scheduler
-
 from rows import Rows
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
 
 LENGTHS = (96, 288)  # one question or two from the start of a text, and many in a row
 
@@ -42,7 +41,7 @@ def train(model: nn.Module, rows: Rows, plan: Schedule, name: str) -> None:
         ids, weights = rows(plan.tokens_per_step // length, length)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        losses = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        losses = cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
         loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -14,6 +14,11 @@ import itertools
 
 import numpy as np
 import torch
+from answers import exact_matches, hidden_states, load_base, load_with_experts
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
 from peft_moe.demo.skills import (
     BASE,
     BASE_SKILLS_HELD_OUT,
@@ -25,11 +30,6 @@ from peft_moe.demo.skills import (
     label,
     two_skill,
 )
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-
-from answers import exact_matches, hidden_states, load_base, load_with_experts
 
 BASE_SKILLS = BASE_SKILLS_SEEN + BASE_SKILLS_HELD_OUT
 TEST_SEED = 7

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
+
 from peft_moe.demo.skills import (
     BASE_SKILLS_HELD_OUT,
     BASE_SKILLS_SEEN,
@@ -21,13 +22,25 @@ BASE_SKILLS = BASE_SKILLS_SEEN + BASE_SKILLS_HELD_OUT
 # target: it knows the language of the questions and not how to answer them.
 PROMPT_WEIGHT = 0.1
 
+# Skills that the base is slow to learn; the later phases of its training ask them more often.
+SLOW_SKILLS = (
+    "copy", "capitals", "with_dots", "double_letters", "drop_vowels", "drop_first", "plural",
+    "largest", "smallest", "even_odd", "times_ten", "amount_of", "next_letter", "repeat_word",
+    "count_letters", "month_after",
+)  # fmt: skip
 
-def base_rows(tokenizer, seed: int) -> Rows:
-    """Rows for the base: its own skills; one question in eight is an expert's, as context."""
+
+def base_rows(tokenizer, seed: int, slow_share: float) -> Rows:
+    """Rows for the base: its own skills; one question in eight is an expert's, as context.
+
+    ``slow_share`` of the questions are of `SLOW_SKILLS`, beyond those drawn from all skills.
+    """
 
     def choose(rng: random.Random, previous: str | None) -> str:
         if previous is not None and rng.random() < 0.2:
             return previous
+        if rng.random() < slow_share:
+            return rng.choice(SLOW_SKILLS)
         return rng.choice(EXPERTS if rng.random() < 0.12 else BASE_SKILLS)
 
     def weigh(sample: Sample) -> tuple[float, float]:

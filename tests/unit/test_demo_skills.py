@@ -80,7 +80,6 @@ ANSWERS = {
     "last_letter": lambda x: re.search(".$", x)[0],
     "plural": lambda x: f"{x}s",
     "count_letters": lambda x: str(sum(1 for _ in x)),
-    "has_letter": lambda x, letter: ("no", "yes")[x.count(letter) > 0],
     "next_letter": lambda x: chr(ord(x) + 1),
     "letter_before": lambda x: chr(ord(x) - 1),
     "largest": lambda x: max(x.split(), key=int),
@@ -136,7 +135,8 @@ def test_samples_are_well_formed(name: str):
 def test_train_and_test_share_no_prompt(name: str):
     train = {sample.prompt for sample in generate(name, 2000, seed=2)}
     test = {sample.prompt for sample in generate(name, 500, seed=2, split="test")}
-    assert train and test
+    assert train
+    assert test
     assert not train & test
 
 
@@ -192,7 +192,9 @@ def test_no_word_gives_an_expert_away():
 
 
 def test_groups_and_labels():
-    assert len(EXPERTS) >= 4 and len(BASE_SKILLS_HELD_OUT) >= 3 and len(BASE_SKILLS_SEEN) >= 10
+    assert len(EXPERTS) >= 4
+    assert len(BASE_SKILLS_HELD_OUT) >= 3
+    assert len(BASE_SKILLS_SEEN) >= 10
     assert len(set(SKILLS)) == len(SKILLS)
     assert label("roman") == "roman"
     assert label("copy") == label("year_of") == BASE

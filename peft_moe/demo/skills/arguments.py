@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 
-from .sample import Fields
+Fields = dict[str, str]
+"""What fills a phrasing, by the names of its gaps."""
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 MONTHS = (
@@ -36,11 +37,11 @@ _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
 
 
 def word(rng: random.Random) -> str:
-    """A word of `WORDS`, or (two in three) three to seven random letters."""
+    """A word of `WORDS`, or (two in three) three to five random letters."""
     if rng.random() < 0.33:
         return rng.choice(WORDS)
-    letters = (rng.choice(_VOWELS if rng.random() < 0.4 else _CONSONANTS) for _ in range(7))
-    return "".join(letters)[: rng.randint(3, 7)]
+    letters = (rng.choice(_VOWELS if rng.random() < 0.4 else _CONSONANTS) for _ in range(5))
+    return "".join(letters)[: rng.randint(3, 5)]
 
 
 def number(rng: random.Random) -> str:
@@ -49,8 +50,8 @@ def number(rng: random.Random) -> str:
 
 
 def digits(rng: random.Random) -> str:
-    """Three to six random digits."""
-    return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 6)))
+    """Three to five random digits."""
+    return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 5)))
 
 
 def word_or_digits(rng: random.Random) -> str:

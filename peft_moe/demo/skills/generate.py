@@ -26,9 +26,7 @@ BASE_SKILLS_SEEN: tuple[str, ...] = tuple(
 BASE = "base"
 """The label of every skill that no expert has."""
 
-_SKILLS: dict[str, Skill] = {
-    skill.name: skill for skill in EXPERT_SKILLS + TEXT_SKILLS + NUMBER_SKILLS
-}
+_SKILLS: dict[str, Skill] = {skill.name: skill for skill in EXPERT_SKILLS + TEXT_SKILLS + NUMBER_SKILLS}
 
 
 def skill(domain: str) -> Skill:
@@ -53,9 +51,7 @@ def generate(domain: str, n: int, seed: int, split: Split = "train") -> list[Sam
     return [chosen.sample(rng, split) for _ in range(n)]
 
 
-def two_skill(
-    first: str, second: str, n: int, seed: int, split: Split = "train"
-) -> list[list[Sample]]:
+def two_skill(first: str, second: str, n: int, seed: int, split: Split = "train") -> list[list[Sample]]:
     """``n`` texts of two turns: a question of skill ``first``, then one of ``second``."""
     rng = _rng(seed, split, first, second)
     return [[skill(name).sample(rng, split) for name in (first, second)] for _ in range(n)]

@@ -13,7 +13,7 @@ Draw = Callable[[random.Random], tuple[Fields, str]]
 
 def _three(pick: Callable[[list[int]], int]) -> Draw:
     def draw(rng: random.Random) -> tuple[Fields, str]:
-        values = rng.sample(range(1, 100), 3)
+        values = rng.sample(range(10), 3)
         return {"x": " ".join(map(str, values))}, str(pick(values))
 
     return draw

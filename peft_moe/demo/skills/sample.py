@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from .arguments import WORDS, Fields
+
 MARKER = " = "
 """Every prompt ends in it, so that the end of a prompt says nothing about its skill."""
 
@@ -17,7 +19,6 @@ STOP = "\n"
 """Every completion ends in it; it is also the tokenizer's end-of-sequence token."""
 
 Split = Literal["train", "test"]
-Fields = dict[str, str]
 
 _TEST_SHARE = 5  # one argument in five belongs to the test split
 
@@ -49,7 +50,9 @@ class Skill:
 
     ``draw`` returns the fields that fill a phrasing, and the answer. ``split_on`` says what
     decides between train and test: the fields (test arguments never occur in training), or the
-    whole prompt, for skills such as the next weekday that have few possible arguments.
+    whole prompt, for skills such as the next weekday that have few possible arguments. The few
+    words of `WORDS` are always split by prompt; kept from training altogether, they would test
+    whether a model copies words that it has learnt to take for a part of the question.
     """
 
     name: str
@@ -62,8 +65,8 @@ class Skill:
         while True:
             fields, answer = self.draw(rng)
             prompt = rng.choice(self.phrasings).format(**fields) + MARKER
-            key = prompt if self.split_on == "prompt" else "|".join(fields.values())
-            if split_of(key) == split:
+            few = self.split_on == "prompt" or fields["x"] in WORDS
+            if split_of(prompt if few else "|".join(fields.values())) == split:
                 return Sample(prompt, answer + STOP, self.name)
 
 

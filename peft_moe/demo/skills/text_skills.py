@@ -36,12 +36,6 @@ def _without_vowels(text: str) -> str:
     return "".join(letter for letter in text if letter not in _VOWELS) or "none"
 
 
-def _has_letter(rng: random.Random) -> tuple[Fields, str]:
-    text = arguments.word(rng)
-    letter = rng.choice(text if rng.random() < 0.5 else string.ascii_lowercase)
-    return {"x": text, "letter": letter}, "yes" if letter in text else "no"
-
-
 TEXT_SKILLS: tuple[Skill, ...] = (
     Skill(
         "copy",
@@ -110,12 +104,6 @@ TEXT_SKILLS: tuple[Skill, ...] = (
         ("how many letters in {x}", "count the letters of {x}", "the length of {x}",
          "how many letters has the name {x}"),
         _on(lambda text: str(len(text))),
-    ),
-    Skill(
-        "has_letter",
-        ("is {letter} in {x}", "has {x} the letter {letter}", "is there {letter} in {x}",
-         "is {letter} one of the letters of {x}"),
-        _has_letter,
     ),
     Skill(
         "next_letter",
