@@ -4,7 +4,8 @@
         --data runs/text/data --output runs/text/experts_matrix.json
 
 Mean negative log-likelihood in nats per token, over all tokens of a domain: once over completions
-given their prompts, once over whole texts. Records are cut at `--max_length` tokens.
+given their prompts, once over whole texts. Records are cut at `--max_length` tokens;
+those whose prompt alone is that long are left out.
 An expert is named after its folder. Expected: every expert is best on the domain of its name, and
 the base is best on the domains that have no expert.
 

@@ -5,7 +5,7 @@
 #
 # Data: <PEFT_MOE_DATA>/<domain>/{train,valid,test}.jsonl with prompt, completion, domain, for math,
 # code, medicine, law, german, french, general, science. Output: $OUT (default runs/text).
-# Time: about 35 minutes for the base and 6 for each expert on one CPU core; 2 GB of memory.
+# Time: about 35 minutes for the base and 5 for each expert on one CPU core; 2 GB of memory.
 # What is there already is not trained again: after an interruption start the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
