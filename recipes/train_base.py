@@ -85,9 +85,7 @@ def train_tokenizer(texts: Dataset, vocab_size: int, max_length: int) -> PreTrai
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet)
     bpe.train_from_iterator(texts["text"], trainer, length=len(texts))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, model_max_length=max_length

@@ -83,9 +83,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Dataset) -> None:
 
 
 if __name__ == "__main__":
-    data_args, args, model_args = TrlParser(
-        (DataArguments, SFTConfig, ModelConfig)
-    ).parse_args_and_config()
+    data_args, args, model_args = TrlParser((DataArguments, SFTConfig, ModelConfig)).parse_args_and_config()
     wall, cpu = time.time(), time.process_time()
     train, heldout = load_data(data_args, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
@@ -135,6 +133,4 @@ if __name__ == "__main__":
     }
     with open(os.path.join(args.output_dir, "summary.json"), "w") as file:
         json.dump(summary, file)
-    print(
-        f"Held-out loss: base {before:.4f}, expert {after:.4f}. Saved {args.output_dir}: {summary}"
-    )
+    print(f"Held-out loss: base {before:.4f}, expert {after:.4f}. Saved {args.output_dir}: {summary}")

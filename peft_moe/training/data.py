@@ -30,8 +30,7 @@ SHAREGPT = (
 # The first row whose columns are all present gives the advice.
 FIXES: dict[tuple[str, ...], str] = {
     ("conversations",): SHAREGPT,
-    ("instruction", "output"): "join `instruction` and `input` as `prompt`, rename `output` to "
-    "`completion`",
+    ("instruction", "output"): "join `instruction` and `input` as `prompt`, rename `output` to `completion`",
     ("question", "answer"): "rename `question` to `prompt` and `answer` to `completion`",
     ("prompt", "response"): "rename `response` to `completion`",
     ("chosen", "rejected"): "preference pairs are for DPO; here rename `chosen` to `completion`",

@@ -25,9 +25,7 @@ from peft_moe.training.data import load_text_dataset
 Record = tuple[torch.Tensor, int]  # ids [1, T] and the number of prompt tokens among them
 
 
-def read_records(
-    file: Path, tokenizer: PreTrainedTokenizerBase, count: int, length: int
-) -> list[Record]:
+def read_records(file: Path, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[Record]:
     """The first `count` records, in an order that depends on nothing but the file."""
     data = load_text_dataset(file).shuffle(seed=0)
     records = []

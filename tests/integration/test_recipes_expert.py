@@ -78,9 +78,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, config: str, *overrides: str) -> N
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data of four column sets; a base of 3 steps in `base/`, with a chat template in `chat/`."""
     path = tmp_path_factory.mktemp("recipes")
-    pairs = [
-        {"prompt": f"{i} + {i} =", "completion": f" {2 * i}", "domain": "math"} for i in range(40)
-    ]
+    pairs = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}", "domain": "math"} for i in range(40)]
     turns = (("user", "prompt"), ("assistant", "completion"))
     chats = [{"messages": [{"role": r, "content": p[c]} for r, c in turns]} for p in pairs]
     write_rows(path / "pairs.jsonl", pairs)
