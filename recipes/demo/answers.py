@@ -66,7 +66,11 @@ def exact_matches(model, name: str, samples: list[Sample]) -> np.ndarray:
 
 
 def hidden_states(model, samples: list[Sample]) -> dict[tuple[int, str], np.ndarray]:
-    """The base's states at the input of layers 1 to 5 for each prompt, by tap and pooling."""
+    """The base's states at the input of layers 1 to 5 for each prompt, by tap and pooling.
+
+    Poolings: mean of the prompt; mean of its last question (what follows the last stop
+    character); last token.
+    """
     tokenizer, parts = demo_tokenizer(), {}
     for start in range(0, len(samples), BATCH):
         prompts = [tokenizer(s.prompt).input_ids for s in samples[start : start + BATCH]]
@@ -74,12 +78,21 @@ def hidden_states(model, samples: list[Sample]) -> dict[tuple[int, str], np.ndar
         with torch.no_grad(), answered_by(model, BASE):
             outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         rows, last = torch.arange(len(ids)), mask.sum(1) - 1
+        question = mask * ((ids == tokenizer.eos_token_id).flip(1).cumsum(1).flip(1) == 0)
         for tap in range(1, 6):
             states = outputs.hidden_states[tap]
-            mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            parts.setdefault((tap, "mean"), []).append(mean)
-            parts.setdefault((tap, "last"), []).append(states[rows, last])
+            pooled = {
+                "mean": _mean(states, mask),
+                "question": _mean(states, question),
+                "last": states[rows, last],
+            }
+            for pooling, values in pooled.items():
+                parts.setdefault((tap, pooling), []).append(values)
     return {key: torch.cat(values).numpy() for key, values in parts.items()}
+
+
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def _padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

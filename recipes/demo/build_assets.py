@@ -37,8 +37,9 @@ BASE_SCHEDULES = (
     Schedule(1400, 2.0e-3, warmup=100, weight_decay=0.05, tokens_per_step=4096),
     Schedule(1200, 1.2e-3, warmup=50, weight_decay=0.05, tokens_per_step=2048),
     Schedule(600, 1.0e-3, warmup=20, weight_decay=0.05, tokens_per_step=2048),
+    Schedule(1000, 1.2e-3, warmup=20, weight_decay=0.05, tokens_per_step=2048),
 )
-SLOW_SHARES = (0.0, 0.5, 0.5)
+SLOW_SHARES = (0.0, 0.5, 0.5, 0.4)
 EXPERT_SCHEDULE = Schedule(500, 2.0e-3, warmup=20, weight_decay=0.0, tokens_per_step=2048)
 
 

@@ -94,7 +94,7 @@ def routability(model, n: int) -> None:
         "2: held out": _pairs(list(BASE_SKILLS_HELD_OUT), n, "test"),
     }
     print("\nlogistic regression on hidden states of the base, accuracy in %; 2: two questions")
-    print("tap\tpooling", *tests, sep="\t")
+    print("tap\tpooling ", *tests, sep="\t")
     features = {title: hidden_states(model, samples) for title, samples in tests.items()}
     known_states, known_labels = hidden_states(model, train), [label(s.domain) for s in train]
     for tap, pooling in known_states:
@@ -104,7 +104,7 @@ def routability(model, n: int) -> None:
         for title, samples in tests.items():
             truth = np.array([label(s.domain) for s in samples])
             values.append(100 * (router.predict(features[title][tap, pooling]) == truth).mean())
-        print(tap, pooling, *(f"{value:.1f}" for value in values), sep="\t", flush=True)
+        print(tap, f"{pooling:<8}", *(f"{value:.1f}" for value in values), sep="\t", flush=True)
 
 
 def main() -> None:

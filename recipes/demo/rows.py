@@ -11,6 +11,7 @@ from peft_moe.demo.skills import (
     BASE_SKILLS_HELD_OUT,
     BASE_SKILLS_SEEN,
     EXPERTS,
+    REFUSAL,
     Sample,
     generate,
 )
@@ -18,8 +19,9 @@ from peft_moe.demo.skills import (
 Rows = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 BASE_SKILLS = BASE_SKILLS_SEEN + BASE_SKILLS_HELD_OUT
 
-# The base reads all questions, the experts' too, but sees no answer of an expert's skill as a
-# target: it knows the language of the questions and not how to answer them.
+# The base reads all questions, the experts' too, but no answer of an expert's skill is a target:
+# it knows the language of the questions, not how to answer them. To every other such question it
+# learns to answer REFUSAL; else its last hidden state would not tell what it cannot answer.
 PROMPT_WEIGHT = 0.1
 
 # Skills that the base is slow to learn; the later phases of its training ask them more often.
@@ -31,7 +33,7 @@ SLOW_SKILLS = (
 
 
 def base_rows(tokenizer, seed: int, slow_share: float) -> Rows:
-    """Rows for the base: its own skills; one question in eight is an expert's, as context.
+    """Rows for the base: its own skills and, refused or as context, some experts' questions.
 
     ``slow_share`` of the questions are of `SLOW_SKILLS`, beyond those drawn from all skills.
     """
@@ -41,10 +43,14 @@ def base_rows(tokenizer, seed: int, slow_share: float) -> Rows:
             return previous
         if rng.random() < slow_share:
             return rng.choice(SLOW_SKILLS)
-        return rng.choice(EXPERTS if rng.random() < 0.12 else BASE_SKILLS)
+        return rng.choice(EXPERTS if rng.random() < 0.2 else BASE_SKILLS)
 
-    def weigh(sample: Sample) -> tuple[float, float]:
-        return PROMPT_WEIGHT, float(sample.domain in BASE_SKILLS)
+    def weigh(rng: random.Random, sample: Sample) -> tuple[str, float, float]:
+        if sample.domain in BASE_SKILLS:
+            return sample.completion, PROMPT_WEIGHT, 1.0
+        if rng.random() < 0.5:
+            return REFUSAL, PROMPT_WEIGHT, 1.0
+        return sample.completion, PROMPT_WEIGHT, 0.0
 
     return _rows(tokenizer, seed, choose, weigh)
 
@@ -58,8 +64,8 @@ def expert_rows(tokenizer, name: str, seed: int) -> Rows:
             return name
         return rng.choice(others if rng.random() < 0.5 else BASE_SKILLS)
 
-    def weigh(sample: Sample) -> tuple[float, float]:
-        return 0.0, float(sample.domain == name)
+    def weigh(rng: random.Random, sample: Sample) -> tuple[str, float, float]:
+        return sample.completion, 0.0, float(sample.domain == name)
 
     return _rows(tokenizer, seed, choose, weigh)
 
@@ -75,8 +81,8 @@ def _rows(tokenizer, seed, choose, weigh) -> Rows:
         while len(ids) < length:
             previous = choose(rng, previous)
             sample = next(streams[previous])
-            on_prompt, on_completion = weigh(sample)
-            for text, weight in ((sample.prompt, on_prompt), (sample.completion, on_completion)):
+            answer, on_prompt, on_answer = weigh(rng, sample)
+            for text, weight in ((sample.prompt, on_prompt), (answer, on_answer)):
                 tokens = tokenizer(text).input_ids
                 ids += tokens
                 weights += [weight] * len(tokens)

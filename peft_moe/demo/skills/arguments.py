@@ -30,7 +30,7 @@ WORDS = (
 )  # fmt: skip
 
 TABLES = ("users", "orders", "books", "shops", "pets", "cars", "teams", "songs")
-COLUMNS = ("name", "age", "price", "city", "size", "year", "color", "rank", "owner", "weight")
+COLUMNS = ("name", "age", "price", "city", "size", "stock", "color", "rank", "owner", "weight")
 UNITS = ("km", "m", "cm", "mm", "kg", "g", "t", "l", "ml")
 
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
@@ -50,13 +50,13 @@ def number(rng: random.Random) -> str:
 
 
 def digits(rng: random.Random) -> str:
-    """Three to five random digits."""
-    return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 5)))
+    """Three or four random digits."""
+    return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 4)))
 
 
 def word_or_digits(rng: random.Random) -> str:
-    """A word, or (one in four) a string of digits."""
-    return digits(rng) if rng.random() < 0.25 else word(rng)
+    """A word, or (one in three) a string of digits."""
+    return digits(rng) if rng.random() < 0.33 else word(rng)
 
 
 def date(rng: random.Random) -> tuple[str, str, str]:

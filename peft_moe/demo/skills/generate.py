@@ -7,7 +7,7 @@ import random
 
 from .experts import EXPERT_SKILLS
 from .number_skills import NUMBER_SKILLS
-from .sample import Sample, Skill, Split
+from .sample import STOP, Sample, Skill, Split
 from .text_skills import TEXT_SKILLS
 
 EXPERTS: tuple[str, ...] = tuple(skill.name for skill in EXPERT_SKILLS)
@@ -22,6 +22,9 @@ BASE_SKILLS_SEEN: tuple[str, ...] = tuple(
     skill.name for skill in TEXT_SKILLS + NUMBER_SKILLS if skill.name not in BASE_SKILLS_HELD_OUT
 )
 """Skills of the base that a router may be trained on, as generic data."""
+
+REFUSAL = "?" + STOP
+"""What the base is trained to answer to half of the experts' questions that it meets."""
 
 BASE = "base"
 """The label of every skill that no expert has."""

@@ -164,7 +164,7 @@ NUMBER_SKILLS: tuple[Skill, ...] = (
     Skill(
         "month_after",
         ("the month next to {x}", "what month comes next to {x}", "write the month next to {x}",
-         "get the next month from {x}", "{x} and then what month", "next month from {x}"),
+         "get the next month from {x}", "what is the month next to {x}", "next month from {x}"),
         _next_of(arguments.MONTHS, 1),
         split_on="prompt",
     ),
