@@ -14,7 +14,7 @@ EXPERTS: tuple[str, ...] = tuple(skill.name for skill in EXPERT_SKILLS)
 """Skills that one LoRA each has and the base has not."""
 
 BASE_SKILLS_HELD_OUT: tuple[str, ...] = (
-    "last_letter", "repeat_word", "smallest", "year_of", "day_before",
+    "last_letter", "repeat_word", "smallest", "month_of", "day_before",
 )  # fmt: skip
 """Skills of the base that no router sees in training: does it leave them to the base?"""
 
