@@ -138,8 +138,9 @@ def test_a_router_per_token_fits_on_tokens(zoo: Zoo) -> None:
 def test_a_fitted_router_trains_further(zoo: Zoo, tmp_path: Path) -> None:
     model = zoo.mixture("llama", "prompt-probe", router_label_loss_coef=1.0)
     rows = [{**row, "completion": "abc"} for row in planted()]
-    fit(model, Dataset.from_list(rows))
-    assert model.get_base_model().training is False  # as it was before
+    for training in (True, False):
+        fit(model.train(training), Dataset.from_list(rows))
+        assert model.get_base_model().training is training  # as it was before
     start = router_values(model)
     given = {"eval_dataset": Dataset.from_list([{**row, "completion": "abc"} for row in planted(seed=1)])}
     trainer = make_trainer("sft", model, Dataset.from_list(rows), tmp_path, given=given, max_steps=4)

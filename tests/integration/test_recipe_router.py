@@ -129,12 +129,19 @@ def test_as_a_user_runs_it_and_resumed(
     run_here(monkeypatch, config, "--seed", "5", "--resume_from_checkpoint", "last")
     again = router_of(folder, "pairs")
     assert all(torch.equal(again[name], value) for name, value in straight.items())
-    assert f"Resuming from {folder / 'pairs' / 'checkpoint-2'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Resuming from {folder / 'pairs' / 'checkpoint-2'}" in printed
+    assert printed.count("'grad_norm'") == 1  # one step was trained, not three
     assert summary_of(folder, "pairs")["heldout_loss_before"] is None
 
 
-def test_fit_chats_and_text(zoo: Zoo, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_here(monkeypatch, write_config(zoo, folder, "fit", fit=True))
+def test_fit_chats_and_text(
+    zoo: Zoo, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"samples_per_domain": 10, "eval_fraction": 0.2}
+    run_here(monkeypatch, write_config(zoo, folder, "fit", fit=True, **sizes))
+    counts = {"train": 32, **dict.fromkeys(DOMAINS, 2)}
+    assert f"records that fit: {counts}" in capsys.readouterr().out
     assert 0.25 < summary_of(folder, "fit")["fitted_training_accuracy"] <= 1
     chats = {"model_name_or_path": str(folder / "chat"), "assistant_only_loss": True, "fit": True}
     run_here(monkeypatch, write_config(zoo, folder, "chats", "chats", **chats))
