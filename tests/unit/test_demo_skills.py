@@ -14,6 +14,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
+from peft_moe.demo import BASE_NAME, asset_path
 from peft_moe.demo.skills import (
     BASE,
     BASE_SKILLS_HELD_OUT,
@@ -230,3 +231,15 @@ def test_tokenizer_round_trip(tmp_path):
             assert len(ids) == len(text)
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids) == text
+
+
+def test_assets_are_complete_and_small():
+    experts = {folder.name: folder for folder in asset_path("experts").iterdir()}
+    assert set(experts) == set(EXPERTS)
+    for folder in experts.values():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == BASE_NAME
+    assert len(AutoTokenizer.from_pretrained(asset_path("base"))) == len(demo_tokenizer())
+    assert sum(path.stat().st_size for path in asset_path("base").parent.rglob("*")) < 11e6
+    with pytest.raises(FileNotFoundError, match="build_assets"):
+        asset_path("experts/chess")
