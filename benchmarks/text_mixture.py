@@ -43,19 +43,17 @@ PER_TOKEN = {
     "router_label_loss_coef": 1.0,
 }
 TRAINED: dict[str, dict[str, Any]] = {
-    "per module, LM loss": {"router": "linear"},
     "context, per prompt": {"router": "context", "router_label_loss_coef": 1.0},
     "context, per token": PER_TOKEN,
+    "per module, LM loss": {"router": "linear"},
 }
 Cells = dict[str, float]
 
 
 def read(path: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
     """`count` records drawn from a file, each with its domain."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return list(
-        Dataset.from_list(records).shuffle(seed=seed).select(range(min(count, len(records))))
-    )
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return list(Dataset.from_list(records).shuffle(seed=seed).select(range(min(count, len(records)))))
 
 
 class Bench:
@@ -68,9 +66,7 @@ class Bench:
         data = runs / "data"
         test = {d: read(data / d / "test.jsonl", records) for d in domains}
         self.train = {d: read(data / d / "train.jsonl", train_records) for d in domains}
-        self.texts = {
-            d: [[(r["prompt"], r["completion"])] for r in rows] for d, rows in test.items()
-        }
+        self.texts = {d: [[(r["prompt"], r["completion"])] for r in rows] for d, rows in test.items()}
         short = {d: [(r["prompt"], r["completion"][:300]) for r in test[d]] for d in EXPERTS}
         self.pairs = [(a, b) for a in EXPERTS for b in EXPERTS if a != b]
         self.joined = [[short[a][i], short[b][i + 1]] for a, b in self.pairs for i in range(2)]
@@ -80,15 +76,11 @@ class Bench:
 
     def mixture(self, **fields: Any) -> Any:
         experts = {name: str(self.runs / name) for name in EXPERTS}
-        return get_peft_model(
-            self.base(), MoLoraConfig(experts=experts, task_type="CAUSAL_LM", **fields)
-        )
+        return get_peft_model(self.base(), MoLoraConfig(experts=experts, task_type="CAUSAL_LM", **fields))
 
     def score(self, model: Any) -> dict[str, list[list[TurnScore]]]:
         def run(texts: list[Any], **how: Any) -> list[list[TurnScore]]:
-            return score_texts(
-                model, self.tokenizer, texts, batch_size=16, max_length=2 * LENGTH, **how
-            )
+            return score_texts(model, self.tokenizer, texts, batch_size=16, max_length=2 * LENGTH, **how)
 
         scores = {d: run(texts) for d, texts in self.texts.items()}
         scores["joined, marked"] = run(self.joined)
@@ -97,9 +89,7 @@ class Bench:
         return scores
 
     def cells(self, scores: dict[str, list[list[TurnScore]]]) -> Cells:
-        return {
-            row: summarise(t for text in texts for t in text).loss for row, texts in scores.items()
-        }
+        return {row: summarise(t for text in texts for t in text).loss for row, texts in scores.items()}
 
     def oracle(self, scored: dict[str, dict[str, list[list[TurnScore]]]]) -> Cells:
         cells = {d: self.cells(scored[d])[d] for d in EXPERTS}
@@ -147,11 +137,7 @@ class Bench:
 
     def fitted(self) -> Any:
         model = self.mixture(router="context")
-        rows = [
-            {"prompt": r["prompt"], "domain": d}
-            for d, records in self.train.items()
-            for r in records
-        ]
+        rows = [{"prompt": r["prompt"], "domain": d} for d, records in self.train.items() for r in records]
         print(fit_router(model, rows, self.tokenizer))
         return model
 
@@ -181,9 +167,7 @@ def report(table: dict[str, list[Cells]]) -> str:
     head = "| method | " + " | ".join(rows) + " |\n|---" + "|---:" * len(rows) + "|\n"
     losses, shares = head, head
     for method, runs in table.items():
-        losses += (
-            f"| {method} | " + " | ".join(_cell([c[r] for c in runs], 3) for r in rows) + " |\n"
-        )
+        losses += f"| {method} | " + " | ".join(_cell([c[r] for c in runs], 3) for r in rows) + " |\n"
         gains = {
             r: [100 * (base[r] - c[r]) / (base[r] - oracle[r]) for c in runs]
             for r in rows
@@ -193,8 +177,8 @@ def report(table: dict[str, list[Cells]]) -> str:
         cells = [_cell(gains[r], 0) if r in gains else _cell(worse[r], 1, sign=True) for r in rows]
         shares += f"| {method} | " + " | ".join(cells) + " |\n"
     return (
-        f"Loss in nats per completion token:\n\n{losses}\nShare of the oracle's gain over the base in % (general, "
-        f"science: change of loss against the base in %, no expert exists):\n\n{shares}"
+        f"Loss in nats per completion token:\n\n{losses}\nShare of the oracle's gain over the base in % "
+        f"(general, science: change of loss against the base in %, no expert exists):\n\n{shares}"
     )
 
 
@@ -214,9 +198,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     if not (args.runs / "base").exists():
-        raise SystemExit(
-            f"No base in {args.runs}. Train it first: PEFT_MOE_DATA=… bash recipes/text/run.sh"
-        )
+        raise SystemExit(f"No base in {args.runs}. Train it first: PEFT_MOE_DATA=… bash recipes/text/run.sh")
     start = time.time()
     table = measure(Bench(args.runs, args.records, args.train_records, args.steps), args.seeds)
     commit = subprocess.run(
@@ -225,8 +207,8 @@ def main() -> None:
     text = (
         f"## Mixture on real text, {date.today()}\n\n"
         f"`python benchmarks/text_mixture.py --records {args.records} --train-records {args.train_records} "
-        f"--steps {args.steps} --seeds {' '.join(map(str, args.seeds))}`; commit {commit.stdout.strip()}; torch "
-        f"{torch.__version__}, peft {peft.__version__}, transformers {transformers.__version__}; "
+        f"--steps {args.steps} --seeds {' '.join(map(str, args.seeds))}`; commit {commit.stdout.strip()}; "
+        f"torch {torch.__version__}, peft {peft.__version__}, transformers {transformers.__version__}; "
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; "
         f"{time.time() - start:.0f} s.\n\n{report(table)}\n"
     )

@@ -24,6 +24,7 @@ class ContextBoundCheckpoint:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint ``function``, bound to the context that is running now."""
         context = current_context()
 
         def in_its_context(*inputs: Any, **named: Any) -> Any:
@@ -61,7 +62,10 @@ def uses_reentrant(model: nn.Module) -> bool:
 def _checkpointed(model: nn.Module) -> Iterator[nn.Module]:
     # transformers marks the layers that it checkpoints with these two attributes.
     for module in model.modules():
-        if module.__dict__.get("gradient_checkpointing") and "_gradient_checkpointing_func" in module.__dict__:
+        if (
+            module.__dict__.get("gradient_checkpointing")
+            and "_gradient_checkpointing_func" in module.__dict__
+        ):
             yield module
 
 

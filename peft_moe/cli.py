@@ -22,13 +22,9 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the mixture and results.json.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the mixture and results.json.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of samples and training.")] = 0,
-    questions: Annotated[
-        int, typer.Option(help="Fresh questions per row of the table.", min=20)
-    ] = 200,
+    questions: Annotated[int, typer.Option(help="Fresh questions per row of the table.", min=20)] = 200,
     steps: Annotated[int, typer.Option(help="Training steps of the router.", min=1)] = 60,
 ) -> None:
     """Mix five embedded experts, train the router, and print what becomes of every skill."""

@@ -167,7 +167,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         Raises:
             PeftMoeError: the gates depend on the input, so that there is nothing to merge.
         """
-        router = self.molora_router[adapter] if adapter in self.molora_router else None
+        router = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
         if router is None or router.reads_input:
             raise PeftMoeError(
                 f"adapter {adapter!r} routes by its input, so it cannot be merged into one weight; "

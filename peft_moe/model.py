@@ -123,7 +123,9 @@ class MoLoraModel(BaseTuner):
         if seat is None:
             seat = ModelRouter(model)
             setattr(model, MODEL_SEAT, seat)
-        seat.loss_fields.update({adapter: n for n in LOSSES if getattr(config, n) > 0})
+        wanted = [name for name in LOSSES if getattr(config, name) > 0]
+        if wanted:
+            seat.loss_fields[adapter] = wanted[-1]
         seats: list[SharedRouter] = [seat]
         layers = {
             n: m for n, m in model.named_modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_A
@@ -210,8 +212,8 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
     }
     if adapter in parts - inside or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter):
         raise PeftMoeError(
-            f"adapter_name={adapter!r} is part of the base's module names or no plain name, so that PEFT could "
-            "not save it; choose another of letters, digits, '_' and '-'"
+            f"adapter_name={adapter!r} is part of the base's module names or no plain name, so that PEFT "
+            "could not save it; choose another of letters, digits, '_' and '-'"
         )
 
 

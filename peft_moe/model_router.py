@@ -81,7 +81,7 @@ class ModelRouter(SharedRouter):
             self._prepare(model, adapter, call, context)
 
     def _warn_unheard(self) -> None:
-        # Trainers rebuild the loss from the outputs, and would train without the auxiliary one in silence.
+        # Trainers rebuild the loss from the outputs, and would drop the auxiliary one in silence.
         for adapter in [] if self.disable_adapters else self.active_adapters:
             if field := self.loss_fields.pop(adapter, None):
                 warnings.warn(
@@ -117,8 +117,8 @@ class ModelRouter(SharedRouter):
             state = find_state(call["past_key_values"], adapter)
             if state is None or state.decision is None:
                 raise PeftMoeError(
-                    f"adapter {adapter!r} decides once per prompt, and this KV cache holds no decision of it; "
-                    "fill the cache with this adapter active, or mark the prompt with routing_inputs()"
+                    f"adapter {adapter!r} decides once per prompt, and this KV cache holds no decision of "
+                    "it; fill the cache with this adapter active, or mark the prompt with routing_inputs()"
                 )
             return state.decision
         if self.pinned is not None:
@@ -145,8 +145,8 @@ class ModelRouter(SharedRouter):
             return state.probe_cache
         if past_length(call) > 0:
             raise PeftMoeError(
-                f"adapter {adapter!r} probes the base in every step, and this KV cache was filled without it; "
-                "fill the cache with this adapter active"
+                f"adapter {adapter!r} probes the base in every step, and this KV cache was filled without "
+                "it; fill the cache with this adapter active"
             )
         cache = DynamicCache(config=model.config.get_text_config())  # type: ignore[union-attr,operator]
         context.probe_caches[adapter] = cache
@@ -228,6 +228,7 @@ def model_decision(adapter: str, layer_name: str) -> Routing:
     context = current_context()
     if context is None or adapter not in context.shared:
         raise PeftMoeError(
-            f"{layer_name}: router_scope='model' has taken no decision; call the whole model, not a part of it"
+            f"{layer_name}: router_scope='model' has taken no decision; call the whole model, not a "
+            "part of it"
         )
     return context.shared[adapter]

@@ -31,7 +31,7 @@ _NOT_FOR_THE_PROBE = {
 }
 
 
-class TapReached(Exception):
+class TapReached(Exception):  # noqa: N818  # a stop, not an error
     """Ends a probe; carries the hidden states at the tap, [B, T, I]."""
 
     def __init__(self, hidden: Tensor) -> None:

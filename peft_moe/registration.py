@@ -47,4 +47,6 @@ def _add_enum_member(key: str) -> None:
             f"cannot add {key} to peft.PeftType ({error}); this peft-moe needs another version of peft"
         ) from error
     if PeftType(key) is not member or getattr(PeftType, key) is not member:
-        raise PeftMoeError("peft.PeftType did not take a new member; this peft-moe needs another version of peft")
+        raise PeftMoeError(
+            "peft.PeftType did not take a new member; this peft-moe needs another version of peft"
+        )

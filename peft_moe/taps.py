@@ -36,7 +36,7 @@ class Tap:
         """Whether ``module_name`` runs at or behind the tap."""
         if self.index is None or not module_name.startswith(stack_name + "."):
             return True
-        return int(module_name[len(stack_name) + 1 :].split(".")[0]) >= self.index
+        return int(module_name[len(stack_name) + 1 :].split(".", 1)[0]) >= self.index
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -81,5 +81,7 @@ def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap
             raise PeftMoeError(f"router_tap={index!r} is no layer of the base.{near_matches(index, names)}")
         index = names.index(index)
     if not 0 <= index < len(stack):
-        raise PeftMoeError(f"router_tap={index} is outside of the base's {len(stack)} layers; use 0 to {len(stack) - 1}")
+        raise PeftMoeError(
+            f"router_tap={index} is outside of the base's {len(stack)} layers; use 0 to {len(stack) - 1}"
+        )
     return Tap(names[index], stack[index], index, len(stack), below), stack_name

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 BASE_NAME = "peft-moe-demo-base"
-"""What the experts' configs call their base model; its files are ``asset_path("base")``."""
+"""What the experts' configs call their base model; the folder has that name.
+
+An adapter is matched with its base by the last part of the base's name or path."""
 
 
 def asset_path(name: str) -> Path:
-    """The folder of an asset: ``base``, ``experts`` or ``experts/<skill>``.
+    """The folder of an asset: `BASE_NAME`, ``experts`` or ``experts/<skill>``.
 
     Raises FileNotFoundError when the installation lacks it.
     """

@@ -39,9 +39,7 @@ def answer(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    text = tokenizer.decode(
-        out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-    ).strip()
+    text = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     weights = dict(zip(config.expert_names, gates_E.tolist(), strict=True))
     return text, {**weights, "null": max(0.0, 1.0 - sum(weights.values()))}
 

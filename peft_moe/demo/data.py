@@ -10,7 +10,6 @@ from .skills import (
     BASE_SKILLS_SEEN,
     EXPERTS,
     Sample,
-    flatten,
     generate,
     label,
     two_skill,
@@ -24,33 +23,21 @@ UNSEEN_SKILLS = "unseen skills"
 
 
 def router_samples(per_expert: int, seed: int) -> list[dict[str, str]]:
-    """Labelled prompts and completions for the router: as many of the base's skills as of all experts.
+    """Labelled prompts and completions for the router: as many of the base's skills as of the experts'.
 
-    A third of them comes after another, finished question, so that the router learns to look at the
-    last one. The skills in ``BASE_SKILLS_HELD_OUT`` do not occur.
+    The skills in ``BASE_SKILLS_HELD_OUT`` do not occur.
 
     Returns:
         Dicts with ``prompt``, ``completion`` and ``domain``: an expert's name, or "base".
     """
-    rng = random.Random(seed)
     generic = -(-per_expert * len(EXPERTS) // len(BASE_SKILLS_SEEN))
-    wanted = [(name, per_expert) for name in EXPERTS] + [
-        (name, generic) for name in BASE_SKILLS_SEEN
+    wanted = [(name, per_expert) for name in EXPERTS] + [(name, generic) for name in BASE_SKILLS_SEEN]
+    rows = [
+        {"prompt": s.prompt, "completion": s.completion, "domain": label(s.domain)}
+        for name, count in wanted
+        for s in generate(name, count, seed)
     ]
-    samples = [sample for name, count in wanted for sample in generate(name, count, seed)]
-    context = {name: iter(generate(name, 4 * per_expert, seed + 1)) for name, _ in wanted}
-    rows = []
-    for sample in samples:
-        if rng.random() < 1 / 3:
-            sample = flatten([next(context[rng.choice(list(context))]), sample])
-        rows.append(
-            {
-                "prompt": sample.prompt,
-                "completion": sample.completion,
-                "domain": label(sample.domain),
-            }
-        )
-    rng.shuffle(rows)
+    random.Random(seed).shuffle(rows)
     return rows
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ..config import MoLoraConfig
 from ..evaluation import TurnScore, score_texts
 from ..fitting import fit_router
-from . import asset_path
+from . import BASE_NAME, asset_path
 from .data import Turns, as_text
 from .skills import EXPERTS, label
 
@@ -46,7 +46,7 @@ class Training:
 
 def load_base() -> nn.Module:
     """A fresh copy of the demo's base, float32."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(asset_path("base"), dtype="float32")
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(asset_path(BASE_NAME), dtype="float32")
     return model
 
 
@@ -92,9 +92,7 @@ def oracle(scored: Mapping[str, Scored], texts: Mapping[str, Sequence[Turns]]) -
     }
 
 
-def train_router(
-    samples: list[dict[str, str]], tokenizer: Any, plan: Training, seed: int, out: str
-) -> Any:
+def train_router(samples: list[dict[str, str]], tokenizer: Any, plan: Training, seed: int, out: str) -> Any:
     """Train only the router with TRL.
 
     Args:
@@ -137,7 +135,7 @@ def train_router(
     )
     trainer.train()
     model = trainer.model.eval()
-    model.peft_config["default"].base_model_name_or_path = os.fspath(asset_path("base"))
+    model.peft_config["default"].base_model_name_or_path = os.fspath(asset_path(BASE_NAME))
     return model
 
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..evaluation import Score, recovered, summarise
-from . import asset_path
+from . import BASE_NAME, asset_path
 from .data import BASE_SKILLS, TWO_SKILLS, UNSEEN_SKILLS, Turns, router_samples, test_texts
 from .methods import (
     Scored,
@@ -81,7 +81,7 @@ def run_demo(
     transformers_logging.set_verbosity_error()
     set_seed(seed)
     watch = Stopwatch(console)
-    tokenizer = AutoTokenizer.from_pretrained(asset_path("base"))
+    tokenizer = AutoTokenizer.from_pretrained(asset_path(BASE_NAME))
     texts = test_texts(per_domain, seed + 1000)
     samples = router_samples(plan.per_expert, seed)
     scored: dict[str, Scored] = {}
@@ -144,9 +144,7 @@ def _results(
             "learning_rate": plan.learning_rate,
             "mixture": plan.mixture,
         },
-        "methods": {
-            m: {row: s.to_dict() for row, s in rows.items()} for m, rows in summary.items()
-        },
+        "methods": {m: {row: s.to_dict() for row, s in rows.items()} for m, rows in summary.items()},
         "recovered": shares,
         "seconds": watch.seconds,
     }
@@ -165,21 +163,20 @@ def _keep(out: Path, mixture: Any, tokenizer: Any, results: dict[str, Any]) -> N
 def _table(results: dict[str, Any]) -> Table:
     methods: dict[str, dict[str, dict[str, float]]] = results["methods"]
     rows = list(methods["base"])
-    table = Table(
-        title="exact match in % (loss in nats per token), fresh questions", header_style="bold"
-    )
+    table = Table(title="exact match in % (loss in nats per token), fresh questions", header_style="bold")
     table.add_column("method")
     for row in rows:
         table.add_column(row, justify="right")
     best = {row: max(methods[m][row]["accuracy"] for m in methods if m != ORACLE) for row in rows}
     for method, cells in methods.items():
         style = "bold cyan" if method == TRAINED else ("dim" if method == ORACLE else "")
-        shown = [
-            f"{'*' if c['accuracy'] == best[row] and method != ORACLE else ''}{100 * c['accuracy']:.0f} ({c['loss']:.2f})"
-            for row, c in cells.items()
-        ]
+        shown = [_shown(c, method != ORACLE and c["accuracy"] == best[row]) for row, c in cells.items()]
         table.add_row(method, *shown, style=style)
     return table
+
+
+def _shown(cell: dict[str, float], is_best: bool) -> str:
+    return f"{'*' if is_best else ''}{100 * cell['accuracy']:.0f} ({cell['loss']:.2f})"
 
 
 def _verdict(results: dict[str, Any]) -> str:
@@ -188,12 +185,11 @@ def _verdict(results: dict[str, Any]) -> str:
     for method in (GATELESS, FITTED, TRAINED):
         worst = min(EXPERTS, key=lambda row: shares[method][row]["accuracy"])
         kept = methods[method][BASE_SKILLS]["accuracy"] / methods["base"][BASE_SKILLS]["accuracy"]
-        unseen = (
-            methods["base"][UNSEEN_SKILLS]["accuracy"] - methods[method][UNSEEN_SKILLS]["accuracy"]
-        )
+        unseen = methods["base"][UNSEEN_SKILLS]["accuracy"] - methods[method][UNSEEN_SKILLS]["accuracy"]
+        least, two = shares[method][worst]["accuracy"], shares[method][TWO_SKILLS]["accuracy"]
         lines.append(
-            f"{method}: recovers {100 * shares[method][worst]['accuracy']:.0f} % or more of the oracle's gain over the "
-            f"base (least: {worst}), {100 * shares[method][TWO_SKILLS]['accuracy']:.0f} % in texts of two skills; keeps "
-            f"{100 * kept:.0f} % of the base's skills; unseen skills lose {100 * unseen:.1f} points"
+            f"{method}: recovers {100 * least:.0f} % or more of the oracle's gain over the base (least: "
+            f"{worst}), {100 * two:.0f} % in texts of two skills; keeps {100 * kept:.0f} % of the base's "
+            f"skills; unseen skills lose {100 * unseen:.1f} points"
         )
     return "\n".join(lines)

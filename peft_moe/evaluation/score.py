@@ -41,9 +41,7 @@ class TurnScore:
 @dataclass
 class _Row:
     ids: list[int]
-    turn: list[
-        int
-    ]  # of each token: the number of the turn whose completion it belongs to, -1 in prompts
+    turn: list[int]  # of each token: the number of the turn whose completion it belongs to, -1 in prompts
     turns: int
 
 
@@ -95,9 +93,7 @@ def _encode(text: Text, tokenizer: Any, max_length: int | None) -> _Row:
         whole += prompt + completion
         spans.append((begin, len(whole)))
     if not getattr(tokenizer, "is_fast", False):
-        raise PeftMoeError(
-            f"{type(tokenizer).__name__} is a slow tokenizer; load it with use_fast=True"
-        )
+        raise PeftMoeError(f"{type(tokenizer).__name__} is a slow tokenizer; load it with use_fast=True")
     encoded = tokenizer(whole, return_offsets_mapping=True)
     turn = []
     for begin, end in encoded["offset_mapping"]:
@@ -110,25 +106,20 @@ def _encode(text: Text, tokenizer: Any, max_length: int | None) -> _Row:
     return _Row(encoded["input_ids"][:max_length], turn[:max_length], len(text))
 
 
-def _score_batch(
-    model: nn.Module, batch: list[_Row], turns_marked: bool
-) -> Iterator[list[TurnScore]]:
+def _score_batch(model: nn.Module, batch: list[_Row], turns_marked: bool) -> Iterator[list[TurnScore]]:
     device = next(model.parameters()).device
     ids_BT, turn_BT, mask_BT = (t.to(device) for t in _pad(batch))
     prompt_BT = mask_BT.bool() & (turn_BT < 0)
     if not turns_marked:
         prompt_BT &= (turn_BT >= 0).cumsum(-1) == 0  # nothing behind the first completion
     with torch.no_grad(), routing_inputs(prompt_mask=prompt_BT):
-        logits_BTV = (
-            model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1].float()
-        )
+        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1].float()
     target_BT, turn_BT = ids_BT[:, 1:], turn_BT[:, 1:]
     nll_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), target_BT, reduction="none")
     hit_BT = logits_BTV.argmax(-1) == target_BT
     for row, encoded in enumerate(batch):
         yield [
-            _turn_score(nll_BT[row], hit_BT[row], turn_BT[row] == number)
-            for number in range(encoded.turns)
+            _turn_score(nll_BT[row], hit_BT[row], turn_BT[row] == number) for number in range(encoded.turns)
         ]
 
 

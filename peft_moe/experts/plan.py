@@ -43,9 +43,7 @@ class ExpertPlan:
             tuple(spec.scaling_in(module_name) for spec in self.specs),
         )
 
-    def factors(
-        self, module_name: str, in_features: int, out_features: int
-    ) -> tuple[Tensor, Tensor]:
+    def factors(self, module_name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         """A [R, I] and B [R, O] of one module.
 
         Experts of different dtypes take the widest, which holds each of them exactly.
@@ -55,9 +53,7 @@ class ExpertPlan:
             pairs = [f.read(module_name) for f in self.files if f.spec.rank_in(module_name)]
             dtype = pairs[0][0].dtype
             for pair in pairs:
-                dtype = torch.promote_types(
-                    dtype, torch.promote_types(pair[0].dtype, pair[1].dtype)
-                )
+                dtype = torch.promote_types(dtype, torch.promote_types(pair[0].dtype, pair[1].dtype))
             A_RI = torch.cat([a.to(dtype) for a, _ in pairs])
             B_RO = torch.cat([b.to(dtype).T for _, b in pairs])
             return A_RI, B_RO
@@ -74,9 +70,7 @@ class ExpertPlan:
             file.close()
 
 
-def _fresh_factors(
-    rank: int, in_features: int, out_features: int, *, zero: bool
-) -> tuple[Tensor, Tensor]:
+def _fresh_factors(rank: int, in_features: int, out_features: int, *, zero: bool) -> tuple[Tensor, Tensor]:
     # As PEFT's LoRA starts: A drawn, B zero, so that the mixture begins as the base.
     A_RI, B_RO = torch.empty(rank, in_features), torch.zeros(rank, out_features)
     nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
@@ -96,9 +90,7 @@ def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
     """
     sources = config.sources()
     if not sources:
-        plan = ExpertPlan(
-            config.specs(), awaited=config.experts_embedded, init_weights=config.init_weights
-        )
+        plan = ExpertPlan(config.specs(), awaited=config.experts_embedded, init_weights=config.init_weights)
         _record(config, plan)
         return plan
     files = open_experts(sources, base, allow_base_mismatch=config.allow_base_mismatch)

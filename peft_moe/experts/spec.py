@@ -50,15 +50,11 @@ class ExpertSpec:
         # A fresh expert has no targets of its own: it goes wherever the mixture goes.
         if self.target_modules is not None and not check_target_module_exists(self, module_name):
             return 0
-        return int(
-            self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
-        )
+        return int(self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r))
 
     def scaling_in(self, module_name: str) -> float:
         """What the expert's B·A is multiplied by: α/r, or α/√r with rsLoRA (arXiv 2312.03732)."""
-        rank = int(
-            self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
-        )
+        rank = int(self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r))
         alpha = self.alpha_pattern.get(
             get_pattern_key(list(self.alpha_pattern), module_name), self.lora_alpha
         )
@@ -78,7 +74,5 @@ class ExpertSpec:
         """The inverse of :meth:`to_record`. Unknown fields raise: they could change the maths."""
         unknown = set(record) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(
-                f"expert record {record.get('name')!r} has unknown fields {sorted(unknown)}"
-            )
+            raise ValueError(f"expert record {record.get('name')!r} has unknown fields {sorted(unknown)}")
         return cls(**record)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from peft_moe.demo import asset_path
+from peft_moe.demo import BASE_NAME, asset_path
 from peft_moe.demo.skills import BASE, EXPERTS, Sample
 from peft_moe.demo.tokenizer import demo_tokenizer
 
@@ -19,7 +18,7 @@ BATCH = 100
 
 def load_base() -> LlamaForCausalLM:
     """The saved base in float32."""
-    base = LlamaForCausalLM.from_pretrained(Path(asset_path("base")), dtype=torch.float32)
+    base = LlamaForCausalLM.from_pretrained(asset_path(BASE_NAME), dtype=torch.float32)
     return base.eval()
 
 

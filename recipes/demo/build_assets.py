@@ -67,7 +67,7 @@ RECIPES = {
 def build_base(first_phase: int) -> None:
     """Train the base from scratch, or go on with the saved one, and write it."""
     tokenizer = demo_tokenizer()
-    folder = ASSETS / "base"
+    folder = ASSETS / BASE_NAME
     for phase in range(first_phase, len(BASE_SCHEDULES)):
         torch.manual_seed(phase)
         if phase == 0:
@@ -102,7 +102,7 @@ def build_expert(name: str) -> None:
     """Train one LoRA on the saved base and write it as an ordinary PEFT folder."""
     recipe = RECIPES[name]
     torch.manual_seed(recipe.seed)
-    base = LlamaForCausalLM.from_pretrained(ASSETS / "base", dtype=torch.float32)
+    base = LlamaForCausalLM.from_pretrained(ASSETS / BASE_NAME, dtype=torch.float32)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,

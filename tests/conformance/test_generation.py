@@ -120,7 +120,9 @@ def test_two_interleaved_caches(zoo: Zoo, routing: str) -> None:
 
 # The first pass of assisted decoding holds the prompt and the first candidates together, and nothing tells
 # which is which: a decision per prompt is pooled over both. Hard decisions happen to survive it here.
-LEAKS = pytest.mark.xfail(strict=True, reason="assisted decoding pools a prompt's decision over its candidates")
+LEAKS = pytest.mark.xfail(
+    strict=True, reason="assisted decoding pools a prompt's decision over its candidates"
+)
 ASSISTED = [pytest.param(r, marks=LEAKS if r == "prompt-soft" else ()) for r in LLAMA]
 
 

@@ -239,7 +239,7 @@ def test_assets_are_complete_and_small():
     for folder in experts.values():
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == BASE_NAME
-    assert len(AutoTokenizer.from_pretrained(asset_path("base"))) == len(demo_tokenizer())
-    assert sum(path.stat().st_size for path in asset_path("base").parent.rglob("*")) < 11e6
+    assert len(AutoTokenizer.from_pretrained(asset_path(BASE_NAME))) == len(demo_tokenizer())
+    assert sum(path.stat().st_size for path in asset_path(BASE_NAME).parent.rglob("*")) < 11e6
     with pytest.raises(FileNotFoundError, match="build_assets"):
         asset_path("experts/chess")

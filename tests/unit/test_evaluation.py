@@ -68,9 +68,7 @@ def test_exact_is_what_greedy_decoding_writes(base, tokenizer) -> None:
     )
     written = tokenizer.decode(out[0, encoded.input_ids.shape[1] :])
     other = "a" if written[-1] != "a" else "b"
-    good, bad = score_texts(
-        base, tokenizer, [[(prompt, written)], [(prompt, written[:-1] + other)]]
-    )
+    good, bad = score_texts(base, tokenizer, [[(prompt, written)], [(prompt, written[:-1] + other)]])
     assert good[0].exact
     assert not bad[0].exact
 
@@ -84,9 +82,7 @@ def test_max_length_cuts_turns_off(base, tokenizer) -> None:
 
 
 def test_marked_turns_are_decided_apart_and_running_text_is_not(base, tokenizer) -> None:
-    config = MoLoraConfig(
-        experts=3, init_weights=False, target_modules="all-linear", router="context"
-    )
+    config = MoLoraConfig(experts=3, init_weights=False, target_modules="all-linear", router="context")
     model = get_peft_model(base, config)
     text = [TEXTS[0][0], TEXTS[1][0]]
 
