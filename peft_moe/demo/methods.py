@@ -30,14 +30,15 @@ class Training:
 
     Attributes:
         steps: optimizer steps of 32 samples each.
-        learning_rate: far above that of adapters: a router is small, and 1e-4 would not move it.
+        learning_rate: of the gradient's refinement of a fitted router. From zero, a router wants 1e-2
+            and more, and several minutes instead of one.
         per_expert: labelled samples of each expert's skill, and as many of the base's in total as of
             all experts.
         mixture: fields of ``MoLoraConfig`` beside the experts.
     """
 
     steps: int = 60
-    learning_rate: float = 1.0e-2
+    learning_rate: float = 2.0e-3
     per_expert: int = 150
     mixture: dict[str, Any] = field(
         default_factory=lambda: {"router": "context", "router_label_loss_coef": 1.0}
@@ -93,7 +94,7 @@ def oracle(scored: Mapping[str, Scored], texts: Mapping[str, Sequence[Turns]]) -
 
 
 def train_router(samples: list[dict[str, str]], tokenizer: Any, plan: Training, seed: int, out: str) -> Any:
-    """Train only the router with TRL.
+    """Fit the router, then train it, and only it, with TRL.
 
     Args:
         samples: with prompt, completion and domain.
@@ -127,8 +128,10 @@ def train_router(samples: list[dict[str, str]], tokenizer: Any, plan: Training, 
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
     )
+    model = build_mixture(**plan.mixture)
+    fit_router(model, samples, tokenizer, progress=False)
     trainer = MoLoraSFTTrainer(
-        build_mixture(**plan.mixture),
+        model,
         args=args,
         train_dataset=Dataset.from_list(samples),
         processing_class=tokenizer,

@@ -32,7 +32,7 @@ from .methods import (
 )
 from .skills import EXPERTS, MARKER
 
-GATELESS, FITTED, TRAINED, ORACLE = "gate-less", "router, fitted", "router, trained", "oracle"
+GATELESS, FITTED, TRAINED, ORACLE = "gate-less", "router, fitted", "fitted and trained", "oracle"
 
 
 class Stopwatch:
