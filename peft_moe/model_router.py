@@ -85,8 +85,8 @@ class ModelRouter(SharedRouter):
         for adapter in [] if self.disable_adapters else self.active_adapters:
             if field := self.loss_fields.pop(adapter, None):
                 warnings.warn(
-                    f"{field} of adapter {adapter!r} has no effect here: nobody adds the routers' losses. "
-                    "Train with peft_moe.training.MoLoraSFTTrainer, or put RouterTrainerMixin before your trainer",
+                    f"{field} of adapter {adapter!r} has no effect here: nobody adds router losses. "
+                    "Train with peft_moe.training.MoLoraSFTTrainer, or put RouterTrainerMixin first",
                     stacklevel=2,
                 )
 

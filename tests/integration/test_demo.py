@@ -34,8 +34,8 @@ def test_experts_shine_at_home_and_routers_keep_it(out: Path) -> None:
     methods = json.loads((out / "results.json").read_text())["methods"]
     for name in EXPERTS:
         accuracy = {method: rows[name]["accuracy"] for method, rows in methods.items()}
-        # 30 questions: one more or less is 3 points. Measured with 200: own 97-100, others 0-2.
-        assert accuracy[name] >= 0.8
+        # 30 questions: one more or less is 3 points. Measured with 60: own 85-100, others 0-2.
+        assert accuracy[name] >= 0.7
         assert all(accuracy[other] <= 0.2 for other in ("base", *EXPERTS) if other != name)
         assert accuracy[GATELESS] <= 0.3
         for router in (FITTED, TRAINED):
