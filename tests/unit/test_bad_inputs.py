@@ -608,6 +608,8 @@ def test_what_the_hub_refuses_is_refused_in_words(row, tmp_path, monkeypatch):
         raise hub_error(kind)
 
     monkeypatch.chdir(tmp_path)
+    # CI runs offline, where the advice is another (test_hub_id_offline_says_so).
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sources, "hf_hub_download", download)
     with pytest.raises(PeftMoeError) as caught:
         open_experts({"math": "org/math@v9"}, BASE)
