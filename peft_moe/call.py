@@ -37,7 +37,7 @@ def past_length(call: dict[str, Any]) -> int:
     return int(cache.get_seq_length())
 
 
-def read_call(call: dict[str, Any], *, causal: bool) -> RoutingContext:
+def read_call(call: dict[str, Any], *, causal: bool, prompt_length: int | None = None) -> RoutingContext:
     """The context of one forward pass, from the model's own arguments and from ``routing_inputs``.
 
     Args:
@@ -45,6 +45,8 @@ def read_call(call: dict[str, Any], *, causal: bool) -> RoutingContext:
             one of static caches, or a dict of such) and ``labels`` are looked at.
         causal: whether the model generates, so that ignored labels mark its prompt. In an encoder
             they mark tokens that are not scored, which says nothing about prompts.
+        prompt_length: width of the prompt that is being continued, for a call inside ``generate``: what
+            lies behind it in a call without a past are candidates and answers, never prompt.
     """
     tokens = call.get("input_ids")
     if tokens is None:
@@ -52,16 +54,33 @@ def read_call(call: dict[str, Any], *, causal: bool) -> RoutingContext:
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return RoutingContext()
     shape = (tokens.shape[0], tokens.shape[1])
-    real = _real_tokens(call.get("attention_mask"), shape, past_length(call))
-    context = RoutingContext(real=real, shape=shape)
+    past = past_length(call)
+    context = RoutingContext(real=_real_tokens(call.get("attention_mask"), shape, past), shape=shape)
     inputs = current_inputs()
     if inputs is not None and inputs.domains is not None:
         context.domains = inputs.domains.to(tokens.device)
     if inputs is not None and inputs.prompt_mask is not None:
-        _set_prompt(context, inputs.prompt_mask.to(tokens.device).bool(), shape)
+        if not (past > 0 and inputs.prompt_used):
+            inputs.prompt_used = True
+            mask = _as_call(inputs.prompt_mask.to(tokens.device).bool(), shape, past, prompt_length)
+            _set_prompt(context, mask, shape)
+    elif past == 0 and prompt_length is not None and shape[1] > prompt_length:
+        given = torch.ones(1, prompt_length, dtype=torch.bool, device=tokens.device)
+        _set_prompt(context, _as_call(given, shape, past, prompt_length), shape)
     elif causal and _is_per_token(call.get("labels"), shape):
         _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape)
     return context
+
+
+def _as_call(prompt_BT: Tensor, shape: tuple[int, int], past: int, prompt_length: int | None) -> Tensor:
+    """A mask of the prompt given to ``generate``, as this call sees it: one row per beam, answers behind."""
+    rows, width = prompt_BT.shape
+    if prompt_length is None or width != prompt_length or rows == 0 or shape[0] % rows:
+        return prompt_BT
+    prompt_BT = prompt_BT.repeat_interleave(shape[0] // rows, dim=0)
+    if past > 0:
+        return prompt_BT[:, past : past + shape[1]]
+    return torch.nn.functional.pad(prompt_BT, (0, max(0, shape[1] - width)))
 
 
 def _is_per_token(labels: Any, shape: tuple[int, int]) -> bool:

@@ -164,11 +164,12 @@ class MoLoraModel(BaseTuner):
         # PEFT enters this around one forward pass or one whole generation. A decision per prompt holds for
         # all of it, also where no KV cache carries it along.
         seat: ModelRouter = getattr(self.model, MODEL_SEAT)
-        outer, seat.pinned = seat.pinned, {}
+        outer = seat.pinned, seat.prompt_length
+        seat.pinned, seat.prompt_length = {}, _given_length(args, kwargs)
         try:
             yield
         finally:
-            seat.pinned = outer
+            seat.pinned, seat.prompt_length = outer
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
@@ -215,6 +216,12 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
             f"adapter_name={adapter!r} is part of the base's module names or no plain name, so that PEFT "
             "could not save it; choose another of letters, digits, '_' and '-'"
         )
+
+
+def _given_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
+    given = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
+    return given.shape[1] if given is not None and given.dim() >= 2 else None
 
 
 def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:

@@ -51,6 +51,8 @@ class ModelRouter(SharedRouter):
         ]
         # Decisions of a generation without KV cache, whose later steps would pool over the completion.
         self.pinned: dict[str, Routing] | None = None
+        # Tokens of the prompt that ``generate`` was given, while it runs.
+        self.prompt_length: int | None = None
 
     def add_model_router(self, adapter: str, router: Router, tap: Tap) -> None:
         """Take in a router of scope "model", and watch its tap."""
@@ -72,7 +74,7 @@ class ModelRouter(SharedRouter):
         if running is not None and running.probing:
             return
         call = named_arguments(model, args, kwargs)
-        context = read_call(call, causal=_generates(model))
+        context = read_call(call, causal=_generates(model), prompt_length=self.prompt_length)
         enter_context(context)
         bind_checkpoints(model)
         if self.loss_fields and model.training and torch.is_grad_enabled() and not is_recording():
@@ -111,6 +113,8 @@ class ModelRouter(SharedRouter):
             self._settle(adapter, router(hidden_BTI, context), context)
 
     def _kept_decision(self, adapter: str, call: dict[str, Any], context: RoutingContext) -> Routing | None:
+        if self.pinned and adapter in self.pinned and past_length(call) == 0:
+            return self.pinned[adapter]
         if context.prompt is not None:
             return None  # the caller marks a prompt: a new turn, a new decision
         if past_length(call) > 0:
@@ -121,8 +125,6 @@ class ModelRouter(SharedRouter):
                     "it; fill the cache with this adapter active, or mark the prompt with routing_inputs()"
                 )
             return state.decision
-        if self.pinned is not None:
-            return self.pinned.get(adapter)
         return None
 
     def _refuse_late_prompt(self, adapter: str, call: dict[str, Any]) -> None:

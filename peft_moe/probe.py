@@ -56,7 +56,14 @@ def run_probe(
     """
     backbone = getattr(model, "base_model", model)
     accepted = inspect.signature(backbone.forward).parameters
-    arguments = {k: v for k, v in call.items() if k in accepted and k not in _NOT_FOR_THE_PROBE}
+    # What the head does not name itself goes on to the layers (sequence boundaries of packed rows).
+    own = inspect.signature(model.forward).parameters
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    arguments = {
+        name: value
+        for name, value in call.items()
+        if name not in _NOT_FOR_THE_PROBE and (name in accepted or (passed_on and name not in own))
+    }
     if isinstance(call.get("past_key_values"), Cache) and call["past_key_values"].is_compileable:
         arguments = _without_static_cache(arguments, call, cache)
     if cache is not None:

@@ -86,10 +86,15 @@ class RoutingContext:
 
 @dataclass
 class RoutingInputs:
-    """What a caller knows of its batch beyond the model's own arguments; see :func:`routing_inputs`."""
+    """What a caller knows of its batch beyond the model's own arguments; see :func:`routing_inputs`.
+
+    ``prompt_used`` is set by the first pass that read the mask: steps that continue its KV cache follow
+    the decision that was taken then.
+    """
 
     prompt_mask: Tensor | None = None
     domains: Tensor | None = None
+    prompt_used: bool = False
 
 
 @dataclass
@@ -161,6 +166,7 @@ def routing_inputs(
         prompt_mask: True at prompt tokens, bool [B, T]. A router that decides once per prompt pools
             over these only, and takes a new decision wherever a new run of them begins. Without it
             the prompt is found from ``labels`` (where they are -100), else it is every real token.
+            Around ``generate`` it covers the prompt that is given to it.
         domains: index of each sequence's expert, long [B], -1 for unknown.
     """
     inputs = RoutingInputs(prompt_mask=prompt_mask, domains=domains)

@@ -118,17 +118,12 @@ def test_two_interleaved_caches(zoo: Zoo, routing: str) -> None:
         torch.testing.assert_close(torch.stack(got[index], 1), uncached(model, prompt, sequences), **FP32)
 
 
-# The first pass of assisted decoding holds the prompt and the first candidates together, and nothing tells
-# which is which: a decision per prompt is pooled over both. Hard decisions happen to survive it here.
-LEAKS = pytest.mark.xfail(
-    strict=True, reason="assisted decoding pools a prompt's decision over its candidates"
-)
-ASSISTED = [pytest.param(r, marks=LEAKS if r == "prompt-soft" else ()) for r in LLAMA]
-
-
-@pytest.mark.parametrize("routing", ASSISTED)
+@pytest.mark.parametrize("routing", LLAMA)
 def test_speculative_decoding_rolls_the_cache_back(zoo: Zoo, routing: str) -> None:
-    """Prompt look-up proposes tokens and crops those that the model refuses."""
+    """Prompt look-up proposes tokens and crops those that the model refuses.
+
+    Its first pass holds the prompt and the first candidates together; only the prompt is pooled over.
+    """
     model = zoo.mixture("llama", routing)
     row = torch.tensor([5, 9, 5, 9, 5, 9, 5])
     prompt = pad([row])
@@ -137,6 +132,32 @@ def test_speculative_decoding_rolls_the_cache_back(zoo: Zoo, routing: str) -> No
     )
     plain = generate(model, prompt)
     assert torch.equal(output, plain.sequences)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_a_mask_around_generate_marks_the_prompt_given_to_it(zoo: Zoo, options: dict[str, Any]) -> None:
+    """Every step decides from the marked tokens alone, and a mask of all tokens changes nothing."""
+    model = zoo.mixture("llama", "prompt-soft")
+    prompt = pad(texts(lengths=(9, 6)), side="left")
+    some = prompt["attention_mask"].bool()
+    some[:, :-3] = False
+    runs = {}
+    for name, mask in {"none": None, "all": prompt["attention_mask"], "some": some}.items():
+        with routing_inputs(prompt_mask=mask):
+            runs[name] = generate(model, prompt, do_sample=False, **options)
+    torch.testing.assert_close(steps_of(runs["none"]), steps_of(runs["all"]), **FP32)
+    sequences = runs["some"].sequences
+    rows = sequences.shape[0] // 2
+    is_prompt = torch.zeros_like(sequences).bool()
+    is_prompt[:, : some.shape[1]] = some.repeat_interleave(rows, dim=0)
+    real = torch.ones_like(sequences)
+    real[:, : some.shape[1]] = prompt["attention_mask"].repeat_interleave(rows, dim=0)
+    positions = (real.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad(), routing_inputs(prompt_mask=is_prompt):
+        whole = model(input_ids=sequences, attention_mask=real, position_ids=positions, use_cache=False)
+    expected = whole.logits[:, some.shape[1] - 1 : -1]
+    torch.testing.assert_close(steps_of(runs["some"]), expected, **FP32)
+    assert not torch.allclose(steps_of(runs["some"])[:, 0][:1], steps_of(runs["all"])[:, 0][:1], atol=1e-4)
 
 
 @pytest.mark.parametrize("routing", [r for r in LLAMA if r not in PER_PROMPT])

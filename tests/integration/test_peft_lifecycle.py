@@ -18,8 +18,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from support.adapters import Recipe, make_adapter
+from support.bases import make_base
 from support.batches import batch_for, labels_for, logits_of, texts
-from support.routing import ROUTINGS, routers, set_routers
+from support.routing import ROUTINGS, choose, routers, set_routers
 from support.zoo import Zoo
 from transformers import AutoModelForCausalLM
 
@@ -365,3 +367,23 @@ def test_several_mixtures_in_one_batch_are_refused(zoo: Zoo) -> None:
     model = zoo.mixture("llama", "dense")
     with pytest.raises(PeftMoeError, match="one batch per adapter"):
         model(**BATCH, adapter_names=["default", "__base__"])
+
+
+def test_64_experts_of_ranks_1_to_16_in_one_mixture(tmp_path: Path) -> None:
+    """Each is reached by its own gate, and comes back from a saved folder."""
+    experts = {}
+    for number in range(64):
+        recipe = Recipe("attention", number, {"r": 1 + number % 16, "lora_alpha": 8})
+        experts[f"expert-{number}"] = make_adapter("llama", tmp_path / str(number), recipe)
+    config = MoLoraConfig(experts=experts, router="linear", router_scope="model")
+    model = get_peft_model(make_base("llama"), config).eval()
+    ids = torch.arange(1, 9)[None]
+    for number in (0, 37, 63):
+        choose(model, number)
+        alone = PeftModel.from_pretrained(make_base("llama"), experts[f"expert-{number}"]).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, alone(ids).logits, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path / "mixture")
+    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path / "mixture").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
