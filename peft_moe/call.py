@@ -56,9 +56,16 @@ def read_call(call: dict[str, Any], *, causal: bool, prompt_length: int | None =
     shape = (tokens.shape[0], tokens.shape[1])
     past = past_length(call)
     context = RoutingContext(real=_real_tokens(call.get("attention_mask"), shape, past), shape=shape)
+    if call.get("input_ids") is not None:
+        context.input_ids = tokens
     inputs = current_inputs()
     if inputs is not None and inputs.domains is not None:
-        context.domains = inputs.domains.to(tokens.device)
+        context.domains = _per_row(inputs.domains.to(tokens.device), shape[0], "domains", prompt_length)
+    if inputs is not None and inputs.gates is not None:
+        gates_BE = torch.as_tensor(inputs.gates, dtype=torch.float32, device=tokens.device)
+        if gates_BE.dim() != 2:
+            raise PeftMoeError(f"gates is {tuple(gates_BE.shape)}; give weights [B, E] or [1, E]")
+        context.gates = _per_row(gates_BE, shape[0], "gates", prompt_length)[:, None]
     if inputs is not None and inputs.prompt_mask is not None:
         if not (past > 0 and inputs.prompt_used):
             inputs.prompt_used = True
@@ -70,6 +77,17 @@ def read_call(call: dict[str, Any], *, causal: bool, prompt_length: int | None =
     elif causal and _is_per_token(call.get("labels"), shape):
         _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape)
     return context
+
+
+def _per_row(given: Tensor, rows: int, name: str, prompt_length: int | None) -> Tensor:
+    """One entry per row of the call; in a generation, beams and repeated prompts follow their own."""
+    if len(given) == rows or (len(given) == 1 and given.dim() > 1):
+        return given
+    if len(given) == 0 or rows % len(given) or prompt_length is None:
+        raise PeftMoeError(
+            f"{name} has {len(given)} entries, this call has {rows} sequences; give one for each"
+        )
+    return given.repeat_interleave(rows // len(given), dim=0)
 
 
 def _as_call(prompt_BT: Tensor, shape: tuple[int, int], past: int, prompt_length: int | None) -> Tensor:

@@ -8,33 +8,20 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .config_checks import check_routing
-from .errors import PeftMoeError, near_matches
+from .config_checks import check_routing, check_shared
+from .errors import PeftMoeError
 from .experts.spec import ExpertSpec
 from .field_checks import check_fields
-from .routers import PRESETS, RouterSettings, Scorer, available_scorers, scorer_class
+from .routing_fields import RoutingFields
 
 FORMAT_VERSION = 1
 
-_ROUTING_DEFAULTS: dict[str, Any] = {
-    "router_scope": "module",
-    "router_granularity": "token",
-    "router_pool": "mean",
-    "router_below_tap": "probe",
-    "router_input_norm": False,
-    "router_temperature": 1.0,
-    "scoring_func": "softmax",
-    "norm_topk_prob": True,
-    "straight_through": False,
-    "null_expert": False,
-}
-
 
 @dataclass
-class MoLoraConfig(PeftConfig):
+class MoLoraConfig(RoutingFields, PeftConfig):
     """A gated mixture of LoRA experts in the linear layers of a frozen base.
 
-    ``router`` is a preset or a registered scorer; fields left at None take the preset's value.
+    How it routes is documented at :class:`RoutingFields`, whose fields are this config's as well.
 
     Args:
         experts: where the experts come from. ``{"math": "path-or-hub-id", …}`` reads trained PEFT LoRA
@@ -47,31 +34,6 @@ class MoLoraConfig(PeftConfig):
         r, lora_alpha, use_rslora, init_weights: of fresh experts only. ``init_weights=False`` starts
             B at random instead of zero (for tests).
         train_experts: whether the experts train as well. Default: fresh ones do, given ones do not.
-        router: "uniform" (gate-less), "linear", "random", "context" (one hard decision per prompt,
-            taken inside the base, which may choose no expert), or a name from ``register_router``.
-        router_scope: who shares a decision: "module" (each linear layer decides for itself), "block"
-            (the layers of one attention or feed-forward module share what its first one decides), or
-            "model" (one decision for all layers, taken where the tap is).
-        router_tap: for scope "model": the decoder layer whose input is read, an index or a module
-            name. Default: the middle layer. 0 reads the embeddings.
-        router_below_tap: for scope "model", what the layers below the tap do. "probe": the bare base
-            first runs up to the tap, then all layers are adapted; it costs tap/layers of a prefill
-            for a decision per prompt, and as much of every decoding step for one per token. "base":
-            those layers stay unadapted, and the tap is read in the same pass, at no cost.
-        router_granularity: "token", or "sequence": one decision per prompt (scope "model" only).
-        router_pool: how a prompt is summarised for it: "mean" or "last" token.
-        router_input_norm: divide the router's input by its root mean square.
-        router_temperature: what scores are divided by; below 1 sharpens.
-        router_init_std: of the scorer's weights. Default 0 (all experts alike); 0.02 where top-k
-            would otherwise be decided by ties for ever.
-        scoring_func: "softmax" or "sigmoid".
-        top_k: experts per decision; None mixes all (dense) unless the preset says otherwise.
-        norm_topk_prob: divide the kept weights by their sum, so that they sum to 1.
-        straight_through: gates as top-k forward, dense gradients backward.
-        null_expert: a further choice that adds nothing: the base alone.
-        router_aux_loss_coef, router_z_loss_coef, router_label_loss_coef: weights of the load
-            balancing loss, the z-loss, and the cross-entropy with each sample's ``domain``; a
-            trainer of :mod:`peft_moe.training` adds them.
         allow_base_mismatch: accept adapters that name another base model.
         format_version: of the saved layout.
 
@@ -92,23 +54,6 @@ class MoLoraConfig(PeftConfig):
     use_rslora: bool = False
     init_weights: bool = True
     train_experts: bool | None = None
-    router: str = "linear"
-    router_scope: str | None = None
-    router_tap: int | str | None = None
-    router_below_tap: str | None = None
-    router_granularity: str | None = None
-    router_pool: str | None = None
-    router_input_norm: bool | None = None
-    router_temperature: float | None = None
-    router_init_std: float | None = None
-    scoring_func: str | None = None
-    top_k: int | None = None
-    norm_topk_prob: bool | None = None
-    straight_through: bool | None = None
-    null_expert: bool | None = None
-    router_aux_loss_coef: float = 0.0
-    router_z_loss_coef: float = 0.0
-    router_label_loss_coef: float = 0.0
     allow_base_mismatch: bool = False
     format_version: int = FORMAT_VERSION
     # PEFT's name matching asks for this attribute; targeting bare parameters is not offered.
@@ -127,29 +72,9 @@ class MoLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))  # PEFT's habit
-        self._fill_from_preset()
+        check_shared(self)
+        self.fill_from_preset()
         check_routing(self, self.router_settings(), self.scorer)
-
-    def _fill_from_preset(self) -> None:
-        known = {*PRESETS, *available_scorers()}
-        if self.router not in known:
-            raise PeftMoeError(f"router={self.router!r} is not known.{near_matches(self.router, known)}")
-        preset = PRESETS.get(self.router, {})
-        for name in (*_ROUTING_DEFAULTS, "top_k", "router_init_std"):
-            if getattr(self, name) is None:
-                setattr(self, name, preset.get(name, _ROUTING_DEFAULTS.get(name)))
-                if name == "top_k" and self.top_k is not None:
-                    # A preset's own top_k also serves mixtures of fewer experts than that.
-                    self.top_k = min(self.top_k, self.num_experts + bool(self.null_expert))
-        if self.router_init_std is None:
-            columns = self.num_experts + bool(self.null_expert)
-            ties_starve = self.top_k is not None and self.top_k < columns and not self.straight_through
-            self.router_init_std = 0.02 if ties_starve and self.scorer.reads_input else 0.0
-
-    @property
-    def scorer(self) -> type[Scorer]:
-        """The class that scores, found from ``router``."""
-        return scorer_class(PRESETS.get(self.router, {}).get("scorer", self.router))
 
     @property
     def num_experts(self) -> int:
@@ -204,23 +129,6 @@ class MoLoraConfig(PeftConfig):
             return self.train_experts
         return isinstance(self.experts, int) or (
             self.experts_embedded and all(not record.get("source") for record in self._records())
-        )
-
-    def router_settings(self) -> RouterSettings:
-        """The routing fields, resolved."""
-        return RouterSettings(
-            scorer=PRESETS.get(self.router, {}).get("scorer", self.router),
-            num_experts=self.num_experts,
-            null_expert=bool(self.null_expert),
-            top_k=self.top_k,
-            scoring_func=str(self.scoring_func),
-            norm_topk_prob=bool(self.norm_topk_prob),
-            straight_through=bool(self.straight_through),
-            temperature=float(self.router_temperature or 0.0),
-            granularity=str(self.router_granularity),
-            pool=str(self.router_pool),
-            input_norm=bool(self.router_input_norm),
-            init_std=float(self.router_init_std or 0.0),
         )
 
     def to_dict(self) -> dict[str, Any]:

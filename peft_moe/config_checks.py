@@ -5,12 +5,33 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from .errors import PeftMoeError
-from .field_checks import COEFFICIENTS
+from .errors import PeftMoeError, near_matches
+from .loss_checks import check_losses, check_selection
 from .routers import RouterSettings, Scorer
 
 if TYPE_CHECKING:
     from .config import MoLoraConfig
+
+
+def check_shared(config: MoLoraConfig) -> None:
+    """The names in ``shared_experts``, before anything counts columns.
+
+    Raises:
+        PeftMoeError: an unknown or repeated name, or no expert left to route.
+    """
+    names, shared = config.expert_names, list(config.shared_experts)
+    for name in shared:
+        if name not in names:
+            raise PeftMoeError(f"shared_experts: {name!r} is no expert.{near_matches(name, names)}")
+        if shared.count(name) > 1:
+            raise PeftMoeError(
+                f"shared_experts: {name!r} is given {shared.count(name)} times; once is enough"
+            )
+    if len(shared) == len(names):
+        raise PeftMoeError(
+            f"shared_experts={shared} leaves no expert to route; leave one out, or use router='sum' without "
+            "shared experts"
+        )
 
 
 def check_routing(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
@@ -19,37 +40,43 @@ def check_routing(config: MoLoraConfig, settings: RouterSettings, scorer: type[S
     Raises:
         PeftMoeError: the combination cannot work, or one of its fields would have no effect.
     """
-    if settings.top_k is not None and settings.top_k > settings.num_columns:
-        null = " (the null expert is one of them)" if settings.null_expert else ""
-        raise PeftMoeError(
-            f"top_k={settings.top_k} exceeds the {settings.num_columns} experts{null}; "
-            "lower `top_k` or add experts"
-        )
+    for k in [settings.top_k, *(config.top_k_per_layer or [])]:
+        if k is not None and k > settings.num_columns:
+            null = " (the null expert is one of them)" if settings.null_expert else ""
+            raise PeftMoeError(
+                f"top_k={k} exceeds the {settings.num_columns} experts{null}; lower `top_k` or add experts"
+            )
     if not scorer.reads_input:
-        _check_constant(config, settings)
-    if settings.granularity == "sequence" and config.router_scope != "model":
+        _check_constant(config, settings, scorer)
+    if scorer.reads_experts and config.router_scope != "module":
         raise PeftMoeError(
-            f"router_granularity='sequence' needs router_scope='model', not {config.router_scope!r}: "
-            "only a decision for the whole model is kept in the KV cache"
+            f"router={config.router!r} reads the experts of one layer, so that router_scope must be "
+            f"'module', not {config.router_scope!r}"
         )
-    _check_idle(config, settings)
-    sparse = settings.top_k is not None and settings.top_k < settings.num_columns
+    check_selection(config, settings)
+    _check_idle(config, settings, scorer)
+    sparse = settings.is_sparse
     if settings.straight_through and not sparse:
         raise PeftMoeError("straight_through=True has no effect on dense gates; set top_k")
-    if sparse:
+    if sparse and settings.topk_method == "greedy":
         _check_sparse(config, settings, scorer)
-    _check_losses(config, settings, scorer, sparse)
+    check_losses(config, settings, scorer)
     _check_fresh(config)
-    if settings.num_columns == 1 and scorer.trainable:
+    if settings.num_columns == 1 and scorer.trainable and settings.norm_topk_prob:
         warnings.warn("one expert and no null expert: the gate is always 1, nothing to train", stacklevel=4)
 
 
-def _check_constant(config: MoLoraConfig, settings: RouterSettings) -> None:
+def _check_constant(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
     idle = {
         "top_k": settings.top_k is not None,
-        "router_scope": config.router_scope != "module",
+        "topk_method": settings.topk_method != "greedy",
+        # One set of learnt weights for the whole model is a choice; equal gates are equal everywhere.
+        "router_scope": config.router_scope != "module" and not scorer.trainable,
+        "router_granularity": settings.granularity != "token",
+        "router_tap": config.router_tap is not None,
+        "router_below_tap": config.router_below_tap != "probe",
         "router_input_norm": settings.input_norm,
-        "router_init_std": settings.init_std != 0,
+        "router_init_std": settings.init_std != 0 and not scorer.trainable,
     }
     for name, is_set in idle.items():
         if is_set:
@@ -59,8 +86,15 @@ def _check_constant(config: MoLoraConfig, settings: RouterSettings) -> None:
             )
 
 
-def _check_idle(config: MoLoraConfig, settings: RouterSettings) -> None:
+def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
     away_from_model = f"router_scope={config.router_scope!r}; set router_scope='model'"
+    if config.router_below_tap == "prompt" and settings.granularity == "sequence":
+        raise PeftMoeError(
+            "router_below_tap='prompt' has no effect with router_granularity='sequence', where all layers "
+            "follow the prompt; use 'probe'"
+        )
+    blind = f"router={config.router!r}, which reads no hidden states; leave it out"
+    reads_hidden = scorer.reads_input and scorer.reads_hidden
     idle = {
         "router_tap": (config.router_tap is not None and config.router_scope != "model", away_from_model),
         "router_below_tap": (
@@ -71,6 +105,8 @@ def _check_idle(config: MoLoraConfig, settings: RouterSettings) -> None:
             settings.pool != "mean" and settings.granularity != "sequence",
             "router_granularity='token'; set router_granularity='sequence'",
         ),
+        "router_granularity": (settings.granularity == "sequence" and not reads_hidden, blind),
+        "router_input_norm": (settings.input_norm and not reads_hidden, blind),
         # PEFT looks at layer numbers only where it matches names.
         "layers_to_transform": (
             config.layers_to_transform is not None
@@ -116,22 +152,4 @@ def _check_sparse(config: MoLoraConfig, settings: RouterSettings, scorer: type[S
             f"router_init_std=0 with top_k={settings.top_k}: all scores tie at the start, and the same "
             "experts win every tie; leave router_init_std out for small random weights",
             stacklevel=5,
-        )
-
-
-def _check_losses(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer], sparse: bool) -> None:
-    active = [name for name in COEFFICIENTS if getattr(config, name) > 0]
-    if active and not scorer.trainable:
-        raise PeftMoeError(
-            f"{active[0]}={getattr(config, active[0])} has no effect: router={config.router!r} does not train"
-        )
-    if config.router_aux_loss_coef > 0 and not sparse:
-        raise PeftMoeError(
-            f"router_aux_loss_coef={config.router_aux_loss_coef} has no effect on dense gates (every expert "
-            "is always selected, so the loss is constant); set top_k below the number of experts"
-        )
-    if config.router_z_loss_coef > 0 and settings.scoring_func != "softmax":
-        raise PeftMoeError(
-            f"router_z_loss_coef={config.router_z_loss_coef} is made for softmax scores, not "
-            f"scoring_func={settings.scoring_func!r}; set it to 0"
         )

@@ -9,6 +9,7 @@ Letters: B batch, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,19 +24,20 @@ class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped 
 
     Attributes:
         adapter: the adapter's name.
-        decision: the prompt's decision, tensors [B, 1, ·]; None for a router that decides per token.
+        decisions: the prompt's decisions by router, tensors [B, 1, ·]; None for routers that decide per
+            token everywhere.
         probe_cache: keys and values of the bare base below the tap; None where no probe runs.
     """
 
     def __init__(self, adapter: str) -> None:
         super().__init__()
         self.adapter = adapter
-        self.decision: Routing | None = None
+        self.decisions: dict[str, Routing] | None = None
         self.probe_cache: DynamicCache | None = None
 
     def reset(self) -> None:
         """Forget everything: the cache starts a new text."""
-        self.decision = None
+        self.decisions = None
         self.probe_cache = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -49,17 +51,19 @@ class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped 
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Follow a prompt that is continued several times."""
-        if self.decision is not None:
-            self.decision = self.decision.map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._move(lambda t: t.repeat_interleave(repeats, dim=0))
         if self.probe_cache is not None:
             self.probe_cache.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
-        if self.decision is not None:
-            self.decision = self.decision.map(lambda t: t.index_select(0, indices.to(t.device)))
+        self._move(lambda t: t.index_select(0, indices.to(t.device)))
         if self.probe_cache is not None:
             self.probe_cache.batch_select_indices(indices.to(torch.long))
+
+    def _move(self, move: Callable[[Tensor], Tensor]) -> None:
+        if self.decisions is not None:
+            self.decisions = {name: routing.map(move) for name, routing in self.decisions.items()}
 
 
 def find_state(cache: Any, adapter: str) -> RouterState | None:

@@ -16,7 +16,17 @@ from .routers.pooling import POOLS
 if TYPE_CHECKING:
     from .config import MoLoraConfig
 
-COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef", "router_label_loss_coef")
+# Weights of losses that a trainer adds.
+COEFFICIENTS = (
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_entropy_coef",
+    "router_label_loss_coef",
+    "router_lbc_coef",
+    "router_l1_coef",
+    "expert_orthogonality_coef",
+    "distillation_coef",
+)
 
 # A damaged config must not fill the screen.
 _shown = reprlib.Repr()
@@ -24,10 +34,11 @@ _shown.maxstring = _shown.maxother = 120
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "router_scope": ("module", "block", "model"),
-    "router_below_tap": ("probe", "base"),
+    "router_below_tap": ("probe", "base", "prompt"),
     "router_granularity": ("token", "sequence"),
     "router_pool": POOLS,
     "scoring_func": tuple(SCORING_FUNCS),
+    "topk_method": ("greedy", "top_p", "expert_choice"),
 }
 
 
@@ -142,6 +153,14 @@ def _many(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list | tuple | set) and all(valid(item) for item in value)
 
 
+def _some(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and len(value) > 0 and _many(valid)(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value < 1
+
+
 def _optional(*choices: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or any(valid(value) for valid in choices)
 
@@ -154,6 +173,7 @@ _NAMES = "a list of module names, or a regex as text"
 _TRUTH = "True or False"
 _COUNT = "a whole number ≥ 1"
 _POSITIVE = "a finite number > 0"
+_COUNTS = "a list of whole numbers ≥ 1, one for each group of layers"
 _NOT_NEGATIVE = "a finite number ≥ 0; 0 switches it off"
 
 _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -180,10 +200,22 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "router_input_norm": (_TRUTH, _optional(_is_bool)),
     "router_temperature": (_POSITIVE, _optional(_is_positive)),
     "router_init_std": (_NOT_NEGATIVE, _optional(_is_not_negative)),
+    "router_hidden_size": (_COUNT, _optional(_is_count)),
     "top_k": (_COUNT, _optional(_is_count)),
+    "top_p": ("a number above 0 and below 1", _optional(_is_share)),
+    "routed_scaling_factor": (_POSITIVE, _is_positive),
+    "shared_experts": ("a list of experts' names", _many(_is_word)),
+    "experts_per_layer": (_COUNTS, _optional(_some(_is_count))),
+    "top_k_per_layer": (_COUNTS, _optional(_some(_is_count))),
+    "router_bias_update_rate": (_NOT_NEGATIVE, _optional(_is_not_negative)),
+    "router_lbc_delta": ("a number above 0 and below 1", _is_share),
+    "router_l1_target": ("a number above 0 and below 1", _optional(_is_share)),
+    "distillation_temperature": (_POSITIVE, _is_positive),
+    "distillation_adaptive": (_TRUTH, _is_bool),
     "norm_topk_prob": (_TRUTH, _optional(_is_bool)),
     "straight_through": (_TRUTH, _optional(_is_bool)),
     "null_expert": (_TRUTH, _optional(_is_bool)),
     "allow_base_mismatch": (_TRUTH, _is_bool),
-    **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _is_not_negative)),
+    **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _optional(_is_not_negative))),
+    "router_entropy_coef": ("a finite number; 0 switches it off", _is_number),
 }

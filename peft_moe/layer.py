@@ -18,8 +18,8 @@ from .errors import PeftMoeError
 from .model_router import model_decision
 from .ops import RankMap, folded_delta, mix_stacked
 from .routers import Router
-from .routing import Routing, current_context, report
-from .sharing import MixtureLayer, block_decision
+from .routing import Routing, current_context
+from .sharing import MixtureLayer, block_decision, take_decision
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -44,7 +44,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("rank_maps", "scopes")
+    other_param_names = ("rank_maps", "scopes", "below_tap", "constant_routers")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -62,6 +62,10 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.molora_router = nn.ModuleDict()
         self.rank_maps: dict[str, RankMap] = {}
         self.scopes: dict[str, str] = {}
+        # Whether the adapter's tap lies above this layer, which then follows the prompt's decision.
+        self.below_tap: dict[str, bool] = {}
+        # Routers that this layer shares with others and whose gates do not depend on the input.
+        self.constant_routers: dict[str, Any] = {}
         # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
         self.awaited: set[str] = set()
         self._start_empty()
@@ -76,6 +80,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         scope: str,
         router: Router | None,
         experts_train: bool,
+        below_tap: bool = False,
     ) -> None:
         """Put a mixture on this layer.
 
@@ -86,11 +91,13 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             scope: who decides: "module", "block" or "model".
             router: this layer's own router, for scope "module"; None where it is shared.
             experts_train: False declares the experts frozen to PEFT, which then keeps them so.
+            below_tap: this layer follows the prompt's decision of scope "model".
         """
         self.molora_A[adapter] = _factor(A_RI)
         self.molora_B[adapter] = _factor(B_RO)
         self.rank_maps[adapter] = rank_map
         self.scopes[adapter] = scope
+        self.below_tap[adapter] = below_tap
         frozen: tuple[str, ...] = () if experts_train else ("molora_A", "molora_B")
         if router is not None:
             self.molora_router[adapter] = router
@@ -131,16 +138,26 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         return mixed_NO.view(result.shape)
 
     def _decide(self, adapter: str, x: Tensor) -> Routing:
+        context = current_context()
+        if context is not None and context.gates is not None:
+            return self._given(adapter, context.gates)
         scope = self.scopes[adapter]
         if scope == "model":
-            return model_decision(adapter, self.name)
+            return model_decision(adapter, self.name, below_tap=self.below_tap[adapter])
         # A router wants [B, T, I]; a layer that sees loose tokens (a sparse base's expert) has one row.
         tokens_BTI = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         if scope == "block":
             return block_decision(adapter, tokens_BTI, self.name)
-        routing: Routing = self.molora_router[adapter](tokens_BTI, current_context())
-        report(self.name, routing)
-        return routing
+        return take_decision(self.molora_router[adapter], adapter, self.name, tokens_BTI)
+
+    def _given(self, adapter: str, gates_B1E: Tensor) -> Routing:
+        experts = len(self.rank_maps[adapter].ranks)
+        if gates_B1E.shape[-1] != experts:
+            raise PeftMoeError(
+                f"gates for {gates_B1E.shape[-1]} experts were given, this mixture has {experts}; "
+                "give one weight for each"
+            )
+        return Routing(gates=gates_B1E)
 
     def _check_arrived(self, adapter: str) -> None:
         # Such experts start as NaN; whoever loads them overwrites all of it, on whatever path.
@@ -167,7 +184,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         Raises:
             PeftMoeError: the gates depend on the input, so that there is nothing to merge.
         """
-        router = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
+        shared = self.constant_routers.get(adapter)
+        router = self.molora_router[adapter] if adapter in self.molora_router else shared  # noqa: SIM401  # ModuleDict has no get
         if router is None or router.reads_input:
             raise PeftMoeError(
                 f"adapter {adapter!r} routes by its input, so it cannot be merged into one weight; "

@@ -39,12 +39,15 @@ def routing_entropy(routing: Routing, context: RoutingContext) -> Tensor:
     return mean / math.log(routing.logits.shape[-1])
 
 
-def routing_summary(record: RoutingRecord, expert_names: list[str]) -> dict[str, float]:
+def routing_summary(
+    record: RoutingRecord, expert_names: list[str], shared: list[str] | None = None
+) -> dict[str, float]:
     """Load per expert and entropy, each the mean over the routers of the last forward pass.
 
     Args:
         record: from :func:`peft_moe.record_routing`.
         expert_names: in the mixture's order.
+        shared: those of them that are always on, and take nothing from the null expert.
 
     Returns:
         ``{"load/<expert>": share, "load/null": rest, "router_entropy": …}``; empty without decisions.
@@ -57,7 +60,8 @@ def routing_summary(record: RoutingRecord, expert_names: list[str]) -> dict[str,
     load_E = torch.stack([expert_load(r, context).to(device) for r in decisions]).mean(0)
     entropy = torch.stack([routing_entropy(r, context).to(load_E.device) for r in decisions]).mean()
     summary = {f"load/{name}": value for name, value in zip(expert_names, load_E.tolist(), strict=True)}
-    if any(r.logits is not None and r.logits.shape[-1] > len(expert_names) for r in decisions):
-        summary["load/null"] = max(0.0, 1.0 - float(load_E.sum()))
+    routed = [name for name in expert_names if name not in (shared or [])]
+    if any(r.logits is not None and r.logits.shape[-1] > len(routed) for r in decisions):
+        summary["load/null"] = max(0.0, 1.0 - sum(summary[f"load/{name}"] for name in routed))
     summary["router_entropy"] = float(entropy)
     return summary

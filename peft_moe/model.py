@@ -14,6 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from .config import MoLoraConfig
+from .depth import Depth
 from .empty_weights import real_weights
 from .errors import PeftMoeError
 from .experts.plan import plan_experts
@@ -55,11 +56,12 @@ class MoLoraModel(BaseTuner):
         _check_adapter_name(adapter_name, model)
         keep_unpacked(model, trains=not config.inference_mode)
         tap, stack = _resolve_tap(config, model)
+        depth = Depth(config, model)
         plan = plan_experts(config, model)
         # Experts that were just read are real already; only a loader fills empty ones.
         empty = low_cpu_mem_usage and plan.awaited
         # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
-        self.__dict__["_injection"] = (plan, tap, stack)
+        self.__dict__["_injection"] = (plan, tap, stack, depth)
         with init_empty_weights() if empty else real_weights():
             try:
                 super().inject_adapter(
@@ -72,7 +74,7 @@ class MoLoraModel(BaseTuner):
             finally:
                 self.__dict__.pop("_injection", None)
                 plan.close()
-            self._seat_routers(model, adapter_name, config, tap)
+            self._seat_routers(model, adapter_name, config, tap, depth)
 
     def _create_and_replace(
         self,
@@ -84,15 +86,16 @@ class MoLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan, tap, stack = self.__dict__["_injection"]
-        rank_map = plan.rank_map(current_key)
-        below = tap is not None and tap.below == "base" and not tap.lies_above(stack, current_key)
-        if rank_map.total == 0 or below:
+        plan, tap, stack, depth = self.__dict__["_injection"]
+        rank_map = depth.cut(plan.rank_map(current_key), current_key)
+        below = tap is not None and not tap.lies_above(stack, current_key)
+        if rank_map.total == 0 or (below and tap.below == "base"):
             return
         layer = target if isinstance(target, MoLoraLayer) else MoLoraLayer(target, current_key)
-        A_RI, B_RO = plan.factors(current_key, layer.in_features, layer.out_features)
+        A_RI, B_RO = plan.factors(current_key, rank_map, layer.in_features, layer.out_features)
         scope = str(peft_config.router_scope)
-        router = Router(peft_config.router_settings(), layer.in_features) if scope == "module" else None
+        settings = depth.settings(current_key)
+        router = Router(settings, layer.in_features) if scope == "module" else None
         layer.add_mixture(
             adapter_name,
             A_RI,
@@ -101,9 +104,12 @@ class MoLoraModel(BaseTuner):
             scope=scope,
             router=router,
             experts_train=peft_config.experts_train,
+            below_tap=below and peft_config.router_below_tap == "prompt",
         )
         if plan.awaited:
             layer.awaited.add(adapter_name)
+        elif router is not None:
+            router.scorer.read_experts(A_RI, B_RO, rank_map.ranks, rank_map.scaling)
         # To the base layer's device, never to its dtype: experts keep theirs, routers float32.
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if layer is not target:
@@ -117,7 +123,9 @@ class MoLoraModel(BaseTuner):
         # PEFT's version moves weights around, which breaks on empty ones over int8; ours are placed already.
         setattr(parent, child_name, new_module)
 
-    def _seat_routers(self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None) -> None:
+    def _seat_routers(
+        self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None, depth: Depth
+    ) -> None:
         # Only now: a seat that exists before the first injection makes PEFT leave the base trainable.
         seat = getattr(model, MODEL_SEAT, None)
         if seat is None:
@@ -134,7 +142,11 @@ class MoLoraModel(BaseTuner):
             width = _hidden_size(model, layers)
             seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
         if config.router_scope == "block":
-            seats += _seat_blocks(model, adapter, config, layers)
+            seats += _seat_blocks(model, adapter, depth, layers)
+        if config.router_granularity == "sequence" or config.router_below_tap == "prompt":
+            seat.per_prompt.add(adapter)
+        if config.router_scope != "module" and not config.scorer.reads_input:
+            _share_constant(seats, adapter, layers)
         for shared in seats:
             shared._move_adapter_to_device_of_base_layer(adapter)
             shared.enable_adapters(not self._any_disabled(layers))
@@ -225,11 +237,17 @@ def _given_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:
-    shared = config.router_scope != "module"
+    shared = config.router_scope != "module" or config.router_granularity == "sequence"
     if shared and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise PeftMoeError(
-            f"router_scope={config.router_scope!r}: in an encoder-decoder, layers of one call see different "
-            "texts, so that one decision cannot serve them; use router_scope='module'"
+            f"router_scope={config.router_scope!r} with router_granularity={config.router_granularity!r}: in "
+            "an encoder-decoder, layers of one call see different texts, so that one decision cannot serve "
+            "them; use router_scope='module' with router_granularity='token'"
+        )
+    if config.topk_method == "expert_choice" and getattr(model, "can_generate", lambda: False)():
+        raise PeftMoeError(
+            f"topk_method='expert_choice' looks at the whole sequence, so that {type(model).__name__} would "
+            "see its own future; use topk_method='greedy', or an encoder"
         )
     if config.router_scope != "model":
         return None, ""
@@ -238,8 +256,16 @@ def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, st
     return tap, stack
 
 
+def _share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, MoLoraLayer]) -> None:
+    # Gates that do not depend on the input can be merged, for which each layer needs to know its router.
+    routers = {seat.name: seat.molora_router[adapter] for seat in seats if adapter in seat.molora_router}
+    for name, layer in layers.items():
+        router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_SEAT)
+        layer.constant_routers[adapter] = router
+
+
 def _seat_blocks(
-    model: nn.Module, adapter: str, config: MoLoraConfig, layers: dict[str, MoLoraLayer]
+    model: nn.Module, adapter: str, depth: Depth, layers: dict[str, MoLoraLayer]
 ) -> list[SharedRouter]:
     seats: dict[str, SharedRouter] = {}
     for name, layer in layers.items():
@@ -251,7 +277,7 @@ def _seat_blocks(
         if seat is None:
             seat = BlockRouter(block_name)
             seat.attach(block)
-        seat.add_router(adapter, Router(config.router_settings(), layer.in_features))
+        seat.add_router(adapter, Router(depth.settings(name), layer.in_features))
         seats[block_name] = seat
     return list(seats.values())
 

@@ -2,16 +2,19 @@
 
 One pre-hook on the model that was given to ``get_peft_model`` sees every path that leads into it
 (PeftModel, generate, trainers, transformers' own adapters). A router of scope "model" reads the
-hidden states at its tap, the input of one decoder layer, in one of two ways:
+hidden states at its tap, the input of one decoder layer, in one of three ways:
 
 - below_tap="base": the layers below the tap stay unadapted, so that the tap is read in the same pass;
 - below_tap="probe": the bare base first runs up to the tap and stops there. For a decision per prompt
-  that happens at prefill only; for one per token in every step, with a small KV cache of its own.
+  that happens at prefill only; for one per token in every step, with a small KV cache of its own;
+- below_tap="prompt", for decisions per token: the layers below the tap follow a decision pooled over the
+  prompt, from a probe at prefill only, and the tap is read in the same pass for the layers above.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from .routers import Router
 from .routing import (
     Routing,
     RoutingContext,
+    below,
     current_context,
     enter_context,
     is_recording,
@@ -43,6 +47,8 @@ class ModelRouter(SharedRouter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(MODEL_SEAT)
         self.taps: dict[str, Tap] = {}
+        # Adapters that decide once per prompt, in whatever scope.
+        self.per_prompt: set[str] = set()
         # Adapter to the auxiliary loss that its config asks for, until its user was warned.
         self.loss_fields: dict[str, str] = {}
         self.handles = [
@@ -50,7 +56,7 @@ class ModelRouter(SharedRouter):
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
         # Decisions of a generation without KV cache, whose later steps would pool over the completion.
-        self.pinned: dict[str, Routing] | None = None
+        self.pinned: dict[str, dict[str, Routing]] | None = None
         # Tokens of the prompt that ``generate`` was given, while it runs.
         self.prompt_length: int | None = None
 
@@ -58,6 +64,8 @@ class ModelRouter(SharedRouter):
         """Take in a router of scope "model", and watch its tap."""
         self.add_router(adapter, router)
         self.taps[adapter] = tap
+        if not router.reads_hidden:
+            return
         self.handles.append(tap.layer.register_forward_pre_hook(self._at_tap, with_kwargs=True))
 
     def _home(self, adapter: str) -> nn.Module | None:
@@ -67,6 +75,7 @@ class ModelRouter(SharedRouter):
         """PEFT's deletion, and the tap with it."""
         super().delete_adapter(adapter_name)
         self.taps.pop(adapter_name, None)
+        self.per_prompt.discard(adapter_name)
         self.loss_fields.pop(adapter_name, None)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -79,8 +88,13 @@ class ModelRouter(SharedRouter):
         bind_checkpoints(model)
         if self.loss_fields and model.training and torch.is_grad_enabled() and not is_recording():
             self._warn_unheard()
-        for adapter in self._deciding():
-            self._prepare(model, adapter, call, context)
+        if context.gates is not None or self.disable_adapters:
+            return
+        for adapter in self.active_adapters:
+            if adapter in self.per_prompt:
+                self._continue(model, adapter, call, context)
+            if adapter in self.molora_router:
+                self._prepare(model, adapter, call, context)
 
     def _warn_unheard(self) -> None:
         # Trainers rebuild the loss from the outputs, and would drop the auxiliary one in silence.
@@ -92,44 +106,58 @@ class ModelRouter(SharedRouter):
                     stacklevel=2,
                 )
 
-    def _deciding(self) -> list[str]:
-        if self.disable_adapters:
-            return []
-        return [adapter for adapter in self.active_adapters if adapter in self.molora_router]
+    def _continue(
+        self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext
+    ) -> None:
+        if model.training and torch.is_grad_enabled():
+            refuse_reentrant(model)
+        kept = self._kept_decisions(adapter, call, context)
+        if kept is not None:
+            context.kept[adapter] = kept
 
     def _prepare(self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext) -> None:
         router, tap = self.molora_router[adapter], self.taps[adapter]
         if model.training and torch.is_grad_enabled():
             refuse_reentrant(model)
-        if router.settings.granularity == "sequence":
-            kept = self._kept_decision(adapter, call, context)
-            if kept is not None:
-                self._settle(adapter, kept, context)
-                return
-        if tap.below == "probe":
+        if not router.reads_hidden:
+            self._settle(adapter, router(_no_hidden(router, context), context), context)
+            return
+        if tap.below == "base" or (tap.below == "prompt" and adapter not in self.per_prompt):
+            return
+        once = adapter in self.per_prompt
+
+        def probe() -> Routing:
             self._refuse_late_prompt(adapter, call)
             probe_cache = self._probe_cache(model, adapter, call, context)
-            hidden_BTI = run_probe(model, tap, call, context, probe_cache)
-            self._settle(adapter, router(hidden_BTI, context), context)
+            routing: Routing = router(run_probe(model, tap, call, context, probe_cache), context, pool=once)
+            return routing
 
-    def _kept_decision(self, adapter: str, call: dict[str, Any], context: RoutingContext) -> Routing | None:
+        routing = context.decide(adapter, MODEL_SEAT, probe) if once else probe()
+        if tap.below == "prompt":
+            context.shared[below(adapter)] = routing
+        else:
+            self._settle(adapter, routing, context)
+
+    def _kept_decisions(
+        self, adapter: str, call: dict[str, Any], context: RoutingContext
+    ) -> dict[str, Routing] | None:
         if self.pinned and adapter in self.pinned and past_length(call) == 0:
             return self.pinned[adapter]
         if context.prompt is not None:
             return None  # the caller marks a prompt: a new turn, a new decision
         if past_length(call) > 0:
             state = find_state(call["past_key_values"], adapter)
-            if state is None or state.decision is None:
+            if state is None or state.decisions is None:
                 raise PeftMoeError(
                     f"adapter {adapter!r} decides once per prompt, and this KV cache holds no decision of "
                     "it; fill the cache with this adapter active, or mark the prompt with routing_inputs()"
                 )
-            return state.decision
+            return state.decisions
         return None
 
     def _refuse_late_prompt(self, adapter: str, call: dict[str, Any]) -> None:
         # The bare base has no keys of the cached tokens: a probe of the new ones alone would misread them.
-        if self.molora_router[adapter].settings.granularity == "sequence" and past_length(call) > 0:
+        if adapter in self.per_prompt and past_length(call) > 0:
             raise PeftMoeError(
                 f"adapter {adapter!r}: a new prompt on a filled KV cache cannot be probed with "
                 "router_below_tap='probe'; pass the whole text without cache, or use router_below_tap='base'"
@@ -139,8 +167,7 @@ class ModelRouter(SharedRouter):
         self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext
     ) -> DynamicCache | None:
         # A decision per token needs the base's own keys below the tap in every decoding step.
-        router = self.molora_router[adapter]
-        if router.settings.granularity != "token" or not _fills_cache(model, call):
+        if adapter in self.per_prompt or not _fills_cache(model, call):
             return None
         state = find_state(call.get("past_key_values"), adapter)
         if state is not None and state.probe_cache is not None:
@@ -163,10 +190,16 @@ class ModelRouter(SharedRouter):
             if context.probe_until is layer:
                 raise TapReached(hidden_BTI)
             return
-        for adapter in self._deciding():
-            tap = self.taps[adapter]
-            if tap.layer is layer and tap.below == "base" and adapter not in context.shared:
-                self._settle(adapter, self.molora_router[adapter](hidden_BTI, context), context)
+        if context.gates is not None or self.disable_adapters:
+            return
+        for adapter in self.active_adapters:
+            tap = self.taps.get(adapter)
+            if tap is None or tap.layer is not layer or tap.below == "probe" or adapter in context.shared:
+                continue
+            decide = partial(self.molora_router[adapter], hidden_BTI, context)
+            once = adapter in self.per_prompt and tap.below == "base"
+            routing = context.decide(adapter, MODEL_SEAT, decide) if once else decide()
+            self._settle(adapter, routing, context)
 
     def _settle(self, adapter: str, routing: Routing, context: RoutingContext) -> None:
         context.shared[adapter] = routing
@@ -180,27 +213,28 @@ class ModelRouter(SharedRouter):
         if output is None:
             return  # the call failed
         cache = _returned_cache(output, named_arguments(model, args, kwargs))
-        for adapter, routing in context.shared.items():
-            self._keep(adapter, routing, cache, context)
+        for adapter in {*context.decided, *context.probe_caches}:
+            self._keep(adapter, cache, context)
 
-    def _keep(self, adapter: str, routing: Routing, cache: Any, context: RoutingContext) -> None:
-        if adapter not in self.molora_router:
-            return
-        if self.molora_router[adapter].settings.granularity == "sequence":
-            state = find_state(cache, adapter)
-            if state is not None and state.decision is routing:
-                return  # a decoding step that followed it
+    def _keep(self, adapter: str, cache: Any, context: RoutingContext) -> None:
+        state = RouterState(adapter)
+        if adapter in context.decided:
             # A later step continues the last turn.
-            last = routing.detach().map(lambda t: t[:, -1:])
+            state.decisions = {
+                name: routing.detach().map(lambda t: t[:, -1:])
+                for name, routing in context.decided[adapter].items()
+            }
             if self.pinned is not None:
-                self.pinned.setdefault(adapter, last)
-            state = RouterState(adapter)
-            state.decision = last
-            attach_state(cache, state)
-        elif adapter in context.probe_caches:
-            state = RouterState(adapter)
-            state.probe_cache = context.probe_caches[adapter]
-            attach_state(cache, state)
+                self.pinned.setdefault(adapter, state.decisions)
+        state.probe_cache = context.probe_caches.get(adapter)
+        attach_state(cache, state)
+
+
+def _no_hidden(router: Router, context: RoutingContext) -> torch.Tensor:
+    """Stands for the hidden states of a router that does not read them."""
+    known = (context.input_ids, context.real, context.domains)
+    device = next((t.device for t in known if t is not None), torch.device("cpu"))
+    return torch.zeros(1, 1, router.in_features, device=device)
 
 
 def _generates(model: nn.Module) -> bool:
@@ -220,17 +254,23 @@ def _returned_cache(output: Any, call: dict[str, Any]) -> Any:
     return cache if cache is not None else call.get("past_key_values")
 
 
-def model_decision(adapter: str, layer_name: str) -> Routing:
+def model_decision(adapter: str, layer_name: str, *, below_tap: bool) -> Routing:
     """The decision that scope "model" took for the running forward pass.
+
+    Args:
+        adapter: the adapter's name.
+        layer_name: for messages.
+        below_tap: whether the layer follows the prompt's decision, since it lies below the tap.
 
     Raises:
         PeftMoeError: none was taken: the part that was called is not the model that carries the
             mixture, or the layer lies below a tap that is read in the same pass.
     """
     context = current_context()
-    if context is None or adapter not in context.shared:
+    key = below(adapter) if below_tap else adapter
+    if context is None or key not in context.shared:
         raise PeftMoeError(
             f"{layer_name}: router_scope='model' has taken no decision; call the whole model, not a "
             "part of it"
         )
-    return context.shared[adapter]
+    return context.shared[key]

@@ -12,7 +12,7 @@ forward pass needs to know lives in one :class:`RoutingContext`, found through a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -62,8 +62,12 @@ class RoutingContext:
         segment: number of the turn that a token belongs to, long [B, T]; None for one turn.
         num_segments: S, how many turns the longest row holds.
         shape: (B, T) of this call's tokens, None where it takes no token sequence.
-        domains: index of the right expert (-1 unknown) per sequence, long [B]; from the trainer.
-        shared: decisions that several modules use, by the router's name.
+        input_ids: the tokens, long [B, T]; None where the call brings embeddings.
+        domains: column of the right expert (-1 unknown) per sequence, long [B]; from the caller.
+        gates: the caller's own gates [B, 1, E], which every layer uses instead of asking a router.
+        shared: decisions of scope "model", by adapter; and by :func:`below` for the layers below a tap.
+        kept: decisions per prompt that this call continues, by adapter and router.
+        decided: decisions per prompt that this call took, by adapter and router.
         probing: True while the base alone runs up to a tap; mixture layers then step aside.
         probe_until: the layer before which that run stops.
         probe_caches: caches of probes that this pass started, by adapter.
@@ -76,12 +80,30 @@ class RoutingContext:
     segment: Tensor | None = None
     num_segments: int = 1
     shape: tuple[int, int] | None = None
+    input_ids: Tensor | None = None
     domains: Tensor | None = None
+    gates: Tensor | None = None
     shared: dict[str, Routing] = field(default_factory=dict)
+    kept: dict[str, dict[str, Routing]] = field(default_factory=dict)
+    decided: dict[str, dict[str, Routing]] = field(default_factory=dict)
     probing: bool = False
     probe_until: Any = None
     probe_caches: dict[str, Any] = field(default_factory=dict)
     parent: RoutingContext | None = None
+
+    def decide(self, adapter: str, name: str, take: Callable[[], Routing]) -> Routing:
+        """A decision per prompt: the one that this call continues, else a new one, which is kept.
+
+        Args:
+            adapter: the adapter's name.
+            name: the router's.
+            take: decides anew.
+        """
+        if adapter in self.kept:
+            return self.kept[adapter][name]
+        routing = take()
+        self.decided.setdefault(adapter, {})[name] = routing
+        return routing
 
 
 @dataclass
@@ -94,6 +116,7 @@ class RoutingInputs:
 
     prompt_mask: Tensor | None = None
     domains: Tensor | None = None
+    gates: Tensor | None = None
     prompt_used: bool = False
 
 
@@ -114,6 +137,11 @@ class RoutingRecord:
         if torch.is_grad_enabled() or not self.with_grad_only:
             self.decisions.clear()
             self.context = context
+
+
+def below(adapter: str) -> str:
+    """The key in ``RoutingContext.shared`` of what the layers below the tap of ``adapter`` follow."""
+    return f"{adapter}/below"  # no adapter's name has a slash
 
 
 _context: ContextVar[RoutingContext | None] = ContextVar("peft_moe_context", default=None)
@@ -158,7 +186,7 @@ def current_inputs() -> RoutingInputs | None:
 
 @contextmanager
 def routing_inputs(
-    *, prompt_mask: Tensor | None = None, domains: Tensor | None = None
+    *, prompt_mask: Tensor | None = None, domains: Tensor | None = None, gates: Tensor | None = None
 ) -> Iterator[RoutingInputs]:
     """Tell the routers what the model's arguments do not say.
 
@@ -167,9 +195,11 @@ def routing_inputs(
             over these only, and takes a new decision wherever a new run of them begins. Without it
             the prompt is found from ``labels`` (where they are -100), else it is every real token.
             Around ``generate`` it covers the prompt that is given to it.
-        domains: index of each sequence's expert, long [B], -1 for unknown.
+        domains: router column of each sequence's expert, long [B], -1 for unknown.
+        gates: weights of all experts for each sequence, [B, E] or [1, E]: every layer uses them, and no
+            router is asked. A row per beam is made where there are several.
     """
-    inputs = RoutingInputs(prompt_mask=prompt_mask, domains=domains)
+    inputs = RoutingInputs(prompt_mask=prompt_mask, domains=domains, gates=gates)
     token = _inputs.set(inputs)
     try:
         yield inputs

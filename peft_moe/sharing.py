@@ -6,6 +6,7 @@ like any other. Its attribute must not hold PEFT's prefix ``molora_``, which PEF
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,6 +27,8 @@ BLOCK_SEAT = "block_router"
 
 class MixtureLayer(BaseTunerLayer):
     """What PEFT is told to look for: layers with experts, and shared routers."""
+
+    name: str
 
     def _start_empty(self) -> None:
         # PEFT keeps these as class attributes, which instances would share.
@@ -151,12 +154,39 @@ def block_decision(adapter: str, x: Tensor, layer_name: str) -> Routing:
         )
     key = (adapter, tuple(x.shape[:-1]))
     if key not in call.decisions:
-        router = call.block.molora_router[adapter]
+        router: Router = call.block.molora_router[adapter]  # type: ignore[assignment]
         if x.shape[-1] != router.in_features:
             raise PeftMoeError(
                 f"{layer_name}: its input has {x.shape[-1]} features, the router of block "
                 f"{call.block.name} reads {router.in_features}; use router_scope='module'"
             )
-        call.decisions[key] = router(x, current_context())
-        report(call.block.name, call.decisions[key])
+        call.decisions[key] = take_decision(router, adapter, call.block.name, x)
     return call.decisions[key]
+
+
+def take_decision(router: Router, adapter: str, name: str, x: Tensor) -> Routing:
+    """Ask a router of scope "module" or "block", or follow what it decided for the prompt.
+
+    Args:
+        router: of the module or block.
+        adapter: the adapter's name.
+        name: of the module or block.
+        x: its input, [B, T, I].
+    """
+    context = current_context()
+    if router.pools and context is not None:
+        routing = context.decide(adapter, name, lambda: router(x, context))
+    else:
+        routing = router(x, context)
+    report(name, routing)
+    return routing
+
+
+def named_routers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Router]]:
+    """Every router of an adapter, under the name by which its decisions are recorded."""
+    for module in model.modules():
+        if isinstance(module, MixtureLayer):
+            routers: Any = getattr(module, "molora_router", {})
+            if adapter in routers:
+                name = f"{MODEL_SEAT}.{adapter}" if module.name == MODEL_SEAT else module.name
+                yield name, routers[adapter]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import MoLoraConfig
 from .routers import Router, RouterSettings, scorer_class
-from .routing import Routing
+from .routing import Routing, RoutingContext, routing_inputs
 
 WIDTH, EXPERTS, BATCH, LENGTH = 8, 3, 2, 5
 
@@ -70,6 +70,18 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def _decide(router: Router, x: Tensor) -> Routing:
+    """A decision inside of a call that says all that a scorer may ask for."""
+    batch, length = x.shape[:2]
+    context = RoutingContext(
+        shape=(batch, length),
+        domains=torch.arange(batch) % EXPERTS,
+        input_ids=torch.arange(batch * length).view(batch, length),
+    )
+    routing: Routing = router(x, context)
+    return routing
+
+
 def _logits(routing: Routing) -> Tensor:
     assert routing.logits is not None  # the selector hands on what was scored
     return routing.logits
@@ -96,7 +108,7 @@ def _check_shapes(name: str) -> None:
 def _check_dtypes(name: str) -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         wide = torch.promote_types(dtype, torch.float32)
-        logits = _logits(_router(name).to(torch.bfloat16)(_tokens().to(dtype)))
+        logits = _logits(_decide(_router(name).to(torch.bfloat16), _tokens().to(dtype)))
         _require(
             logits.dtype == wide,
             f"scores of {dtype} inputs are {logits.dtype}, expected {wide}: compute in the dtype of x, and "
@@ -110,26 +122,34 @@ def _check_dtypes(name: str) -> None:
 def _check_determinism(name: str) -> None:
     router, x = _router(name), _tokens()
     kept = x.clone()
+    twice = []
+    for _ in range(2):
+        if router.scorer.draws:
+            torch.manual_seed(0)
+        twice.append(_decide(router, x).gates)
     _require(
-        torch.equal(router(x).gates, router(x).gates),
-        "two calls in eval mode differ; draw noise in training mode only",
+        torch.equal(*twice),
+        "two calls in eval mode differ; draw noise in training mode only, or say so with draws = True",
     )
     _require(torch.equal(x, kept), "forward() changed its input in place")
 
 
 def _check_token_independence(name: str) -> None:
     router, x = _router(name), _tokens()
-    whole = _logits(router(x))
+    whole = _logits(_decide(router, x))
     if not router.reads_input:
         _require(
-            torch.equal(_logits(router(_tokens())), whole), "reads_input is False, but the scores change"
+            torch.equal(_logits(_decide(router, _tokens())), whole),
+            "reads_input is False, but the scores change",
         )
         return
-    alone = torch.cat([_logits(router(x[b : b + 1])) for b in range(BATCH)])
+    if router.scorer.draws or not router.reads_hidden:
+        return  # what is drawn depends on how much was drawn before; a call is independent of its padding
+    alone = torch.cat([_logits(_decide(router, x[b : b + 1])) for b in range(BATCH)])
     _require(_close(alone, whole), "a sequence's scores depend on the other sequences of its batch")
-    longer = _logits(router(torch.cat([x, 9 * _tokens()], dim=1)))[:, :LENGTH]
+    longer = _logits(_decide(router, torch.cat([x, 9 * _tokens()], dim=1)))[:, :LENGTH]
     _require(_close(longer, whole), "a token's scores depend on later tokens, or on padding behind it")
-    padded = _logits(router(torch.cat([9 * _tokens(), x], dim=1)))[:, LENGTH:]
+    padded = _logits(_decide(router, torch.cat([9 * _tokens(), x], dim=1)))[:, LENGTH:]
     _require(_close(padded, whole), "a token's scores depend on earlier tokens, or on padding before it")
 
 
@@ -140,7 +160,7 @@ def _check_gradients(name: str) -> None:
         return
     _require(bool(parameters), "trainable is True, but there are no parameters; set trainable = False")
     weights = torch.linspace(-1, 2, EXPERTS)
-    (router(_tokens()).gates * weights).sum().backward()
+    (_decide(router, _tokens()).gates * weights).sum().backward()
     for key, value in parameters.items():
         reached = value.grad is not None and bool(value.grad.abs().max() > 0)
         _require(reached or not value.requires_grad, f"no gradient reaches parameter {key!r}")
@@ -153,38 +173,49 @@ def _check_state(name: str) -> None:
     other = _router(name)
     missing = other.load_state_dict(copy.deepcopy(router.state_dict()), strict=True)
     _require(not missing.missing_keys, f"state_dict() lacks {missing.missing_keys}")
+    torch.manual_seed(0)
+    copied = _decide(other, x).gates
+    torch.manual_seed(0)
     _require(
-        torch.equal(other(x).gates, router(x).gates),
+        torch.equal(copied, _decide(router, x).gates),
         "a copy with the same state_dict() decides differently; keep what decides in parameters or buffers",
     )
 
 
 class _Base(nn.Module):
-    """Two linear layers: the smallest base that PEFT can adapt."""
+    """Token ids through two linear layers: the smallest base that PEFT can adapt."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.embed = nn.Embedding(WIDTH, WIDTH)
         self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.second(torch.tanh(self.first(x)))
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(self.embed(input_ids))))
         return out
 
 
 def _check_saving(name: str) -> None:
     from peft import PeftModel, get_peft_model
 
-    base, x = _Base(), _tokens()
+    base, ids = _Base(), torch.randint(0, WIDTH, (BATCH, LENGTH))
     config = MoLoraConfig(
         experts=EXPERTS, router=name, target_modules=["first", "second"], init_weights=False, r=2
     )
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    wanted = model(x)
-    _require(not torch.allclose(wanted, base(x)), "a mixture with this router leaves the base as it is")
+
+    def outputs(some: nn.Module) -> Tensor:
+        torch.manual_seed(0)  # for scorers that draw
+        with routing_inputs(domains=torch.zeros(BATCH, dtype=torch.long)):
+            out: Tensor = some(ids)
+        return out
+
+    wanted = outputs(model)
+    _require(not torch.allclose(wanted, base(ids)), "a mixture with this router leaves the base as it is")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-    _require(torch.equal(loaded(x), wanted), "a saved and loaded mixture gives other outputs")
+    _require(torch.equal(outputs(loaded), wanted), "a saved and loaded mixture gives other outputs")
 
 
 CHECKS: dict[str, Callable[[str], None]] = {

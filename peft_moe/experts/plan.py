@@ -43,12 +43,13 @@ class ExpertPlan:
             tuple(spec.scaling_in(module_name) for spec in self.specs),
         )
 
-    def factors(self, module_name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-        """A [R, I] and B [R, O] of one module.
+    def factors(
+        self, module_name: str, ranks: RankMap, in_features: int, out_features: int
+    ) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [R, O] of one module, whose ranks are ``ranks``.
 
         Experts of different dtypes take the widest, which holds each of them exactly.
         """
-        ranks = self.rank_map(module_name)
         if self.files:
             pairs = [f.read(module_name) for f in self.files if f.spec.rank_in(module_name)]
             dtype = pairs[0][0].dtype

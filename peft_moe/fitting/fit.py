@@ -18,7 +18,7 @@ from ..domains import UNKNOWN, domain_columns
 from ..errors import PeftMoeError, near_matches
 from ..model_router import ModelRouter
 from ..routers import Router
-from ..routers.scorers import LinearScorer
+from ..routers.learned import LinearScorer
 from ..sharing import MODEL_SEAT
 from .features import PromptRow, count_labels, prompt_of, stream_features
 
@@ -81,7 +81,7 @@ def fit_router(
     seat: ModelRouter = getattr(inner, MODEL_SEAT)
     scorer = _linear_scorer(seat, adapter, config)
     rows = _labelled(data, config)
-    counts = count_labels(rows, config.num_experts + bool(config.null_expert))
+    counts = count_labels(rows, len(config.routed_names) + bool(config.null_expert))
     _check_counts(counts, config)
     features_MI, labels_M = stream_features(
         inner, seat, adapter, rows, tokenizer, batch_size=batch_size, progress=progress
@@ -91,7 +91,7 @@ def fit_router(
         scorer.weight.copy_(weight_XI)
         scorer.bias.copy_(bias_X)
     chosen_M = (features_MI @ weight_XI.T + bias_X).argmax(-1)
-    names = [*config.expert_names, "null"]
+    names = [*config.routed_names, "null"]
     return FitReport(
         method=method,
         samples=len(labels_M),
@@ -144,7 +144,7 @@ def _labelled(data: Iterable[Mapping[str, Any]], config: MoLoraConfig) -> list[P
 
 
 def _check_counts(counts: list[int], config: MoLoraConfig) -> None:
-    names = [*config.expert_names, "null"]
+    names = [*config.routed_names, "null"]
     missing = [name for name, count in zip(names, counts, strict=False) if count == 0]
     if missing:
         raise PeftMoeError(

@@ -1,17 +1,20 @@
 """Routers: scorers read an input, the selector turns scores into gates, presets name known methods."""
 
-from . import scorers as _scorers  # registers the built-in scorers
+from . import called as _called  # these register the built-in scorers
+from . import constant as _constant
+from . import learned as _learned
 from .base import Router
-from .presets import PRESETS
+from .presets import PRESETS, Preset
 from .registry import Scorer, available_scorers, register_router, scorer_class
 from .selectors import SCORING_FUNCS, select
 from .settings import RouterSettings
 
-del _scorers
+del _called, _constant, _learned
 
 __all__ = [
     "PRESETS",
     "SCORING_FUNCS",
+    "Preset",
     "Router",
     "RouterSettings",
     "Scorer",

@@ -30,6 +30,10 @@ class Router(nn.Module):
         self.settings = settings
         self.in_features = in_features
         self.scorer = scorer_class(settings.scorer)(settings, in_features)
+        # DeepSeek-V3's balancing bias (arXiv 2408.15664): moved by the trainer, not by gradients, and saved.
+        self.balance_bias: Tensor | None
+        bias_X = torch.zeros(settings.num_columns) if settings.bias_update_rate > 0 else None
+        self.register_buffer("balance_bias", bias_X)
 
     @property
     def reads_input(self) -> bool:
@@ -37,28 +41,40 @@ class Router(nn.Module):
         return self.scorer.reads_input
 
     @property
+    def reads_hidden(self) -> bool:
+        """False if only the call (labels, token ids) or nothing at all decides, not the hidden states."""
+        return self.scorer.reads_input and self.scorer.reads_hidden
+
+    @property
     def trainable(self) -> bool:
         """False if the scorer's weights are to stay as they are."""
         return self.scorer.trainable
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+    @property
+    def pools(self) -> bool:
+        """Whether there is one decision per prompt, taken from its pooled hidden states."""
+        return self.settings.granularity == "sequence" and self.reads_hidden
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None, *, pool: bool = False) -> Routing:
         """Decide.
 
         Args:
             x: the routed tokens, [B, T, I].
             context: the running forward pass; a router that pools over prompts needs it.
+            pool: decide once per prompt, also where the router decides per token elsewhere.
 
         Returns:
             A :class:`Routing`: [B, T, ·], [B, 1, ·] for one decision per sequence, or [1, 1, ·].
         """
         with torch.autocast(device_type=x.device.type, enabled=False):
-            features_BTI = self.features(x, context)
-            routing = select(self.scorer(features_BTI), self.settings)
-            if self.settings.granularity == "sequence" and self.reads_input and context is not None:
-                routing = spread_turns(routing, context)
-            return routing
+            pool = pool or self.pools
+            features_BTI = self.features(x, context, pool=pool)
+            logits_BTX = self.scorer.score(features_BTI, context)
+            real_BT = context.real if context is not None else None
+            routing = select(logits_BTX, self.settings, bias_X=self.balance_bias, real_BT=real_BT)
+            return spread_turns(routing, context) if pool and context is not None else routing
 
-    def features(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+    def features(self, x: Tensor, context: RoutingContext | None = None, *, pool: bool = False) -> Tensor:
         """What the scorer sees: [B, T, I], or [B, S, I] pooled over prompts; float32 or wider.
 
         Fitting a router without gradients fits it on exactly this.
@@ -67,7 +83,7 @@ class Router(nn.Module):
         wide_BTI = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.settings.input_norm:
             wide_BTI = functional.rms_norm(wide_BTI, (wide_BTI.shape[-1],))
-        if self.settings.granularity == "sequence" and self.reads_input:
+        if pool or self.pools:
             wide_BTI = pool_prompts(wide_BTI, context or RoutingContext(), self.settings.pool)
         return wide_BTI
 

@@ -8,6 +8,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ..errors import PeftMoeError, near_matches
+from ..routing import RoutingContext
 from .presets import PRESETS
 from .settings import RouterSettings
 
@@ -17,11 +18,19 @@ class Scorer(nn.Module):
 
     Attributes:
         reads_input: False if the scores are the same for every token; such a mixture can be merged.
+        reads_hidden: False if the scores depend on the call alone (its labels, its token ids), so that no
+            hidden state needs to be known; such a scorer overrides :meth:`score`.
+        reads_experts: True if the scores are made from the experts' own weights; such a scorer overrides
+            :meth:`read_experts`, and serves scope "module" only.
+        draws: True if the scores are drawn anew in every call, also outside of training.
         trainable: False keeps the scorer's weights frozen through everything that PEFT does.
         paper: where the method comes from.
     """
 
     reads_input: ClassVar[bool] = True
+    reads_hidden: ClassVar[bool] = True
+    reads_experts: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
     paper: ClassVar[str] = ""
 
@@ -41,6 +50,30 @@ class Scorer(nn.Module):
             [B, T, X], or [1, 1, X] if :attr:`reads_input` is False, in the dtype of ``x``.
         """
         raise NotImplementedError
+
+    def score(self, x: Tensor, context: RoutingContext | None) -> Tensor:
+        """Scores of a call; what only looks at ``x`` writes :meth:`forward` and leaves this alone.
+
+        Args:
+            x: as in :meth:`forward`.
+            context: the running forward pass: its token ids, labels and mask; None outside of a model.
+
+        Raises:
+            PeftMoeError: the call does not say what the scorer needs to know.
+        """
+        scores: Tensor = self(x)
+        return scores
+
+    def read_experts(
+        self, A_RI: Tensor, B_RO: Tensor, ranks: tuple[int, ...], scaling: tuple[float, ...]
+    ) -> None:
+        """Take what the scorer needs from the experts of its layer, once, when they are put there.
+
+        Args:
+            A_RI, B_RO: all factors on one rank axis, expert after expert.
+            ranks: r_e of every expert; 0 for one that does not adapt this layer.
+            scaling: what B·A of every expert is multiplied by.
+        """
 
 
 _SCORERS: dict[str, type[Scorer]] = {}
@@ -64,7 +97,7 @@ def register_router(name: str) -> Callable[[ScorerT], ScorerT]:
         if taken is not None and _origin(taken) != _origin(cls):
             raise PeftMoeError(f"router name {name!r} is taken by {_origin(taken)}; choose another")
         # A preset would silently win over the class.
-        if PRESETS.get(name, {}).get("scorer", name) != name:
+        if name in PRESETS and PRESETS[name].fields["scorer"] != name:
             raise PeftMoeError(f"router name {name!r} is taken by a preset; choose another")
         _SCORERS[name] = cls
         return cls

@@ -1,10 +1,11 @@
-"""From scores to gates: activation, top-k, renormalisation, straight-through. Pure functions.
+"""From scores to gates: activation, selection, renormalisation, straight-through. Pure functions.
 
-Letters: B batch, T sequence, E experts, X experts plus the null expert, K top-k.
+Letters: B batch, T sequence, E experts, X columns (routed experts plus the null expert), K top-k.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,10 +17,20 @@ from .settings import RouterSettings
 SCORING_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
     "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "none": lambda logits: logits,
 }
+# Far below every score, yet finite: an absent expert's probability is 0, and 0 · log 0 stays 0.
+_ABSENT = -1.0e4
 
 
-def select(logits_BTX: Tensor, settings: RouterSettings) -> Routing:
+def select(
+    logits_BTX: Tensor,
+    settings: RouterSettings,
+    *,
+    bias_X: Tensor | None = None,
+    real_BT: Tensor | None = None,
+) -> Routing:
     """Turn scores into one decision.
 
     With ``norm_topk_prob`` the kept weights sum to 1 (Mixtral); without it they keep their share of
@@ -30,6 +41,9 @@ def select(logits_BTX: Tensor, settings: RouterSettings) -> Routing:
     Args:
         logits_BTX: scores, float32 or wider.
         settings: the router's.
+        bias_X: added to the weights for the choice of the top k, never to the gates themselves: the
+            balancing bias of DeepSeek-V3 (arXiv 2408.15664).
+        real_BT: False at padding, which must not take an expert's place in "expert_choice".
 
     Returns:
         A :class:`Routing` with gates [B, T, E]; the null expert's column is dropped from the gates
@@ -37,20 +51,78 @@ def select(logits_BTX: Tensor, settings: RouterSettings) -> Routing:
     """
     # From here on "logits" are what the gates are made of: losses and reports see the temperature, too.
     logits_BTX = logits_BTX / settings.temperature
+    absent = list(settings.missing_columns)
+    if absent:
+        logits_BTX = logits_BTX.index_fill(-1, torch.tensor(absent, device=logits_BTX.device), _ABSENT)
     dense_BTX = SCORING_FUNCS[settings.scoring_func](logits_BTX)
+    if absent and settings.scoring_func == "none":
+        dense_BTX = dense_BTX.index_fill(-1, torch.tensor(absent, device=dense_BTX.device), 0.0)
     weights_BTX, selected_BTX = dense_BTX, None
-    if settings.top_k is not None and settings.top_k < settings.num_columns:
-        # Of the logits: large scores are all 1.0 after a sigmoid, and would tie.
-        ids_BTK = logits_BTX.topk(settings.top_k, dim=-1).indices
-        selected_BTX = torch.zeros_like(dense_BTX, dtype=torch.bool).scatter_(-1, ids_BTK, True)
+    if settings.is_sparse:
+        selected_BTX = _selected(logits_BTX, dense_BTX, settings, bias_X, real_BT)
         weights_BTX = torch.where(selected_BTX, dense_BTX, torch.zeros_like(dense_BTX))
     if settings.norm_topk_prob:
         weights_BTX = _normalised(weights_BTX)
     if settings.straight_through:
         soft_BTX = _normalised(dense_BTX) if settings.norm_topk_prob else dense_BTX
         weights_BTX = weights_BTX.detach() + (soft_BTX - soft_BTX.detach())
-    gates_BTE = weights_BTX[..., : settings.num_experts]
+    gates_BTE = _as_gates(weights_BTX * settings.scaling_factor, settings)
     return Routing(gates=gates_BTE, logits=logits_BTX, selected=selected_BTX)
+
+
+def _selected(
+    logits_BTX: Tensor,
+    dense_BTX: Tensor,
+    settings: RouterSettings,
+    bias_X: Tensor | None,
+    real_BT: Tensor | None,
+) -> Tensor:
+    if settings.topk_method == "top_p":
+        return _top_p(dense_BTX, float(settings.top_p or 1.0))
+    k = settings.top_k or settings.num_columns
+    if settings.topk_method == "expert_choice":
+        return _expert_choice(dense_BTX, k, real_BT)
+    # Of the logits: large scores are all 1.0 after a sigmoid, and would tie.
+    ranking_BTX = logits_BTX if bias_X is None else dense_BTX + bias_X
+    ids_BTK = ranking_BTX.topk(k, dim=-1).indices
+    return torch.zeros_like(dense_BTX, dtype=torch.bool).scatter_(-1, ids_BTK, True)
+
+
+def _top_p(probabilities_BTX: Tensor, mass: float) -> Tensor:
+    """The smallest set of columns whose probabilities reach ``mass``; at least one (arXiv 2403.07652)."""
+    sorted_BTX, order_BTX = probabilities_BTX.sort(dim=-1, descending=True, stable=True)
+    before_BTX = sorted_BTX.cumsum(-1) - sorted_BTX
+    kept_BTX = before_BTX < mass * (1 - 1e-6)  # rounding must not add a column that is not needed
+    kept_BTX[..., 0] = True
+    return torch.zeros_like(kept_BTX).scatter_(-1, order_BTX, kept_BTX)
+
+
+def _expert_choice(probabilities_BTX: Tensor, k: int, real_BT: Tensor | None) -> Tensor:
+    """Each column takes its ⌈k·T/X⌉ best tokens of every sequence (Zhou et al., arXiv 2202.09368).
+
+    Which tokens it takes depends on all tokens of the sequence, so that it suits encoders only.
+    """
+    batch, length, columns = probabilities_BTX.shape
+    if real_BT is None or tuple(real_BT.shape) != (batch, length):
+        real_BT = probabilities_BTX.new_ones(batch, length, dtype=torch.bool)
+    masked_BTX = probabilities_BTX.masked_fill(~real_BT[..., None], -math.inf)
+    order_BTX = masked_BTX.argsort(dim=1, descending=True, stable=True)
+    rank_BTX = torch.empty_like(order_BTX).scatter_(
+        1, order_BTX, torch.arange(length, device=order_BTX.device)[None, :, None].expand_as(order_BTX)
+    )
+    places_B = (real_BT.sum(-1) * k / columns).ceil()
+    return (rank_BTX < places_B[:, None, None]) & real_BT[..., None]
+
+
+def _as_gates(weights_BTX: Tensor, settings: RouterSettings) -> Tensor:
+    """Columns to experts: the null column is dropped, shared experts weigh 1."""
+    routed = settings.routed
+    if not settings.shared:
+        return weights_BTX[..., : settings.num_experts]
+    parts = dict(zip(routed, weights_BTX.unbind(-1), strict=False))
+    ones = torch.ones_like(weights_BTX[..., 0]) if routed or settings.null_expert else None
+    columns = [parts.get(index, ones) for index in range(settings.num_experts)]
+    return torch.stack([c for c in columns if c is not None], dim=-1)
 
 
 def _normalised(weights_BTX: Tensor) -> Tensor:

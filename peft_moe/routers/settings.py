@@ -7,37 +7,70 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """One router's settings; the meaning of each is documented in ``MoLoraConfig``.
+    """One router's settings; the meaning of each is documented in ``RoutingFields``.
 
     Attributes:
         scorer: registered name of what turns an input into scores.
-        num_experts: E.
+        num_experts: E, the length of the gates.
+        shared: indices of experts that always weigh 1; they have no column.
         null_expert: whether a further column stands for "no expert: the base alone".
+        present: how many of the experts exist in this layer, counted from the first; None for all.
         top_k: how many columns a decision keeps; None keeps all (dense).
-        scoring_func: "softmax" or "sigmoid".
+        topk_method: "greedy", "top_p" or "expert_choice": how the kept columns are chosen.
+        top_p: the probability mass that "top_p" keeps.
+        scoring_func: "softmax", "sigmoid", "relu" or "none".
         norm_topk_prob: whether the kept weights are divided by their sum.
         straight_through: hard gates forward, gradients of the dense weights backward.
         temperature: what scores are divided by.
+        scaling_factor: what the routed weights are multiplied by.
+        bias_update_rate: step of the balancing bias; above 0 the router has one.
         granularity: "token", or "sequence" for one decision per prompt.
         pool: how a prompt is summarised for it: "mean" over its tokens, or its "last" one.
         input_norm: whether inputs are divided by their root mean square first.
+        hidden_size: width of the hidden layer of scorers that have one.
         init_std: standard deviation of the scorer's initial weights; 0 starts from equal scores.
     """
 
     scorer: str
     num_experts: int
+    shared: tuple[int, ...] = ()
     null_expert: bool = False
+    present: int | None = None
     top_k: int | None = None
+    topk_method: str = "greedy"
+    top_p: float | None = None
     scoring_func: str = "softmax"
     norm_topk_prob: bool = True
     straight_through: bool = False
     temperature: float = 1.0
+    scaling_factor: float = 1.0
+    bias_update_rate: float = 0.0
     granularity: str = "token"
     pool: str = "mean"
     input_norm: bool = False
+    hidden_size: int = 64
     init_std: float = 0.0
 
     @property
+    def routed(self) -> tuple[int, ...]:
+        """Indices of the experts that have a column, in the order of the columns."""
+        return tuple(index for index in range(self.num_experts) if index not in self.shared)
+
+    @property
     def num_columns(self) -> int:
-        """X: the experts, plus the null expert where there is one."""
-        return self.num_experts + int(self.null_expert)
+        """X: the routed experts, plus the null expert where there is one."""
+        return len(self.routed) + int(self.null_expert)
+
+    @property
+    def missing_columns(self) -> tuple[int, ...]:
+        """Columns of experts that this layer does not have."""
+        if self.present is None:
+            return ()
+        return tuple(column for column, expert in enumerate(self.routed) if expert >= self.present)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a decision leaves columns out."""
+        if self.topk_method != "greedy":
+            return True
+        return self.top_k is not None and self.top_k < self.num_columns - len(self.missing_columns)

@@ -124,7 +124,9 @@ class RouterTrainerMixin:
 
     def _weighted_losses(self, record: RoutingRecord, training: bool) -> Tensor | None:
         log = self._routing_log["train" if training else "eval"]
-        for key, value in routing_summary(record, self.mixture.expert_names).items():
+        for key, value in routing_summary(
+            record, self.mixture.expert_names, self.mixture.shared_experts
+        ).items():
             log[key].append(value)
         names = active_losses(self.mixture)
         if record.context is not None and record.context.domains is None:

@@ -16,12 +16,22 @@ PACKAGE = REPO / "peft_moe"
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "routing"),
     1: ("ops", "routers", "losses", "metrics"),
-    2: ("experts.spec", "config", "config_checks", "field_checks", "testing", "domains"),
+    2: (
+        "experts.spec",
+        "config",
+        "config_checks",
+        "field_checks",
+        "loss_checks",
+        "routing_fields",
+        "testing",
+        "domains",
+    ),
     3: (
         "call",
         "four_bit",
         "empty_weights",
         "taps",
+        "depth",
         "probe",
         "decode_state",
         "checkpointing",

@@ -182,7 +182,7 @@ class TestRegistry:
         assert "mine" not in registry
 
     def test_presets_name_scorers_that_exist(self):
-        assert {preset["scorer"] for preset in PRESETS.values()} <= set(available_scorers())
+        assert {preset.fields["scorer"] for preset in PRESETS.values()} <= set(available_scorers())
 
     def test_a_scorer_must_write_forward(self):
         settings = RouterSettings("linear", num_experts=2)
