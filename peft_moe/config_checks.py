@@ -22,10 +22,10 @@ def check_shared(config: MoLoraConfig) -> None:
     names, shared = config.expert_names, list(config.shared_experts)
     for name in shared:
         if name not in names:
-            raise PeftMoeError(f"shared_experts: {name!r} is no expert.{near_matches(name, names)}")
+            raise PeftMoeError(f"shared_experts={shared}: {name!r} is no expert.{near_matches(name, names)}")
         if shared.count(name) > 1:
             raise PeftMoeError(
-                f"shared_experts: {name!r} is given {shared.count(name)} times; once is enough"
+                f"shared_experts={shared}: {name!r} is given {shared.count(name)} times; once is enough"
             )
     if len(shared) == len(names):
         raise PeftMoeError(
@@ -40,11 +40,12 @@ def check_routing(config: MoLoraConfig, settings: RouterSettings, scorer: type[S
     Raises:
         PeftMoeError: the combination cannot work, or one of its fields would have no effect.
     """
-    for k in [settings.top_k, *(config.top_k_per_layer or [])]:
-        if k is not None and k > settings.num_columns:
+    for name in ("top_k", "top_k_per_layer"):
+        value = getattr(config, name)
+        if value is not None and max([value] if name == "top_k" else value) > settings.num_columns:
             null = " (the null expert is one of them)" if settings.null_expert else ""
             raise PeftMoeError(
-                f"top_k={k} exceeds the {settings.num_columns} experts{null}; lower `top_k` or add experts"
+                f"{name}={value} exceeds the {settings.num_columns} experts{null}; lower it or add experts"
             )
     if not scorer.reads_input:
         _check_constant(config, settings, scorer)

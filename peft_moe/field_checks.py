@@ -216,6 +216,9 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "straight_through": (_TRUTH, _optional(_is_bool)),
     "null_expert": (_TRUTH, _optional(_is_bool)),
     "allow_base_mismatch": (_TRUTH, _is_bool),
-    **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _optional(_is_not_negative))),
+    **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _is_not_negative)),
+    # Presets may fill these.
+    "router_aux_loss_coef": (_NOT_NEGATIVE, _optional(_is_not_negative)),
+    "router_l1_coef": (_NOT_NEGATIVE, _optional(_is_not_negative)),
     "router_entropy_coef": ("a finite number; 0 switches it off", _is_number),
 }

@@ -92,7 +92,7 @@ class ModelRouter(SharedRouter):
             return
         for adapter in self.active_adapters:
             if adapter in self.per_prompt:
-                self._continue(model, adapter, call, context)
+                self._continue(adapter, call, context)
             if adapter in self.molora_router:
                 self._prepare(model, adapter, call, context)
 
@@ -106,11 +106,7 @@ class ModelRouter(SharedRouter):
                     stacklevel=2,
                 )
 
-    def _continue(
-        self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext
-    ) -> None:
-        if model.training and torch.is_grad_enabled():
-            refuse_reentrant(model)
+    def _continue(self, adapter: str, call: dict[str, Any], context: RoutingContext) -> None:
         kept = self._kept_decisions(adapter, call, context)
         if kept is not None:
             context.kept[adapter] = kept

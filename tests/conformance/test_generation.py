@@ -23,7 +23,7 @@ STEPS = 5
 DECODERS = [(name, routing) for name, routing in PAIRS if name in CAUSAL]
 SOME = [(name, routing) for name, routing in DECODERS if name in {"llama", "gpt2"}]
 LLAMA = [routing for name, routing in DECODERS if name == "llama"]
-PER_PROMPT = ["prompt-probe", "prompt-base", "prompt-soft"]
+PER_PROMPT = ["prompt-probe", "prompt-base", "prompt-soft", "prompt-module", "prompt-block", "token-prompt"]
 PROBED_TOKENS = ["token-probe"]
 
 
@@ -174,9 +174,9 @@ def test_a_prompt_in_two_pieces(zoo: Zoo, routing: str) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), whole, **FP32)
 
 
-def test_a_second_turn_decides_anew(zoo: Zoo) -> None:
+@pytest.mark.parametrize("routing", ["prompt-base", "prompt-module", "prompt-block"])
+def test_a_second_turn_decides_anew(zoo: Zoo, routing: str) -> None:
     """Its prompt is marked; the first turn stays in the cache. Same as both turns in one pass."""
-    routing = "prompt-base"
     model = zoo.mixture("llama", routing)
     ids = torch.stack(texts(lengths=(12, 12)))
     is_prompt = torch.zeros_like(ids).bool()
@@ -200,7 +200,7 @@ def test_a_second_turn_decides_anew(zoo: Zoo) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), whole, **FP32)
 
 
-@pytest.mark.parametrize("routing", ["prompt-probe", "prompt-soft"])
+@pytest.mark.parametrize("routing", ["prompt-probe", "prompt-soft", "token-prompt"])
 def test_a_second_turn_cannot_be_probed(zoo: Zoo, routing: str) -> None:
     """The bare base keeps no keys of the first turn, so the probe would misread the second."""
     model = zoo.mixture("llama", routing)

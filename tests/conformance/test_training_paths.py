@@ -20,6 +20,7 @@ SAME = {"atol": 1e-6, "rtol": 1e-5}
 
 # Random weights are frozen: nothing to compare.
 TRAINED = [(name, routing) for name, routing in GATED if routing != "random"]
+TAPPED = ["token-probe", "token-base", "token-prompt", "prompt-probe", "prompt-base", "prompt-soft"]
 LLAMA = [routing for name, routing in TRAINED if name == "llama"]
 
 
@@ -87,7 +88,7 @@ def test_recomputation_does_not_count_decisions_twice(zoo: Zoo, routing: str) ->
         assert torch.equal(record.decisions[key].gates, decision.gates)
 
 
-@pytest.mark.parametrize("routing", [r for r in LLAMA if r.startswith(("token", "prompt"))])
+@pytest.mark.parametrize("routing", TAPPED)
 def test_reentrant_checkpointing_of_a_shared_decision_is_refused(zoo: Zoo, routing: str) -> None:
     model = zoo.mixture("llama", routing).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -95,7 +96,7 @@ def test_reentrant_checkpointing_of_a_shared_decision_is_refused(zoo: Zoo, routi
         loss_of("llama", model, 0)
 
 
-@pytest.mark.parametrize("routing", ["dense", "top2", "block"])
+@pytest.mark.parametrize("routing", ["dense", "top2", "block", "prompt-module", "prompt-block"])
 def test_reentrant_checkpointing_within_a_layer_gives_the_same_gradients(zoo: Zoo, routing: str) -> None:
     model = zoo.mixture("llama", routing).train()
     loss_of("llama", model, 0).backward()

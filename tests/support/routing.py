@@ -30,20 +30,32 @@ ROUTINGS: dict[str, dict[str, Any]] = {
         "router_granularity": "sequence",
         "null_expert": True,
     },
+    # One decision per prompt in every module (MoLE) and block (SMEAR).
+    "prompt-module": {"router": "mole"},
+    "prompt-block": {"router": "smear"},
+    # Above the tap by the token, below it by the prompt.
+    "token-prompt": {"router": "linear", "router_scope": "model", "router_below_tap": "prompt"},
+    # Other scorers and selections.
+    "mlp": {"router": "mlp", "router_hidden_size": 6},
+    "top-p": {"router": "linear", "topk_method": "top_p", "top_p": 0.6},
+    "sigmoid-top2": {"router": "deepseek_v3"},
+    "static": {"router": "static", "router_scope": "block"},
 }
 PER_MODULE = ["uniform", "dense", "top2", "random"]
 
 
 # One of each kind, for architectures that differ from another one in their base only.
 ESSENTIAL = ["uniform", "top2", "block", "token-probe", "prompt-base"]
-_EVERYTHING = {"llama", "gpt2", "gemma3"}
+_CORE = list(ROUTINGS)[:11]
 
 
 def routings_for(architecture: str) -> list[str]:
     """What is tested on this architecture; one decision cannot serve the two texts of a seq2seq."""
     if ARCHITECTURES[architecture].kind == "seq2seq":
         return PER_MODULE
-    return list(ROUTINGS) if architecture in _EVERYTHING else ESSENTIAL
+    if architecture == "llama":
+        return list(ROUTINGS)
+    return _CORE if architecture in {"gpt2", "gemma3"} else ESSENTIAL
 
 
 PAIRS = [(name, routing) for name in ARCHITECTURES for routing in routings_for(name)]
@@ -68,21 +80,28 @@ def set_routers(model: nn.Module, seed: int = 0, adapter: str = "default") -> No
         for _, router in routers(model, adapter):
             scale = 1.5 / router.in_features**0.5
             for parameter in router.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+                spread = scale if router.reads_input else 1.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
             if router.settings.top_k == 1:
-                router.scorer.bias.zero_()  # else one expert wins for every prompt
+                bias_of(router).zero_()  # else one expert wins for every prompt
             if router.settings.null_expert:
-                router.scorer.bias[-1] -= 3
+                bias_of(router)[-1] -= 3
+
+
+def bias_of(router: Router) -> torch.Tensor:
+    """What is added to every token's scores; all that a static router has."""
+    last = getattr(router.scorer, "out", router.scorer)
+    return last.bias if hasattr(last, "bias") else last.weight
 
 
 def choose(model: nn.Module, column: int, adapter: str = "default") -> None:
     """Gates of exactly 1 at one column, an expert or the null expert behind the last one."""
     with torch.no_grad():
         for _, router in routers(model, adapter):
-            router.scorer.weight.zero_()
+            getattr(router.scorer, "out", router.scorer).weight.zero_()
             # exp(-10_000) is 0 in every float, so that softmax is exactly one-hot.
-            router.scorer.bias.fill_(-10_000.0)
-            router.scorer.bias[column] = 0.0
+            bias_of(router).fill_(-10_000.0)
+            bias_of(router)[column] = 0.0
 
 
 def permute_columns(model: nn.Module, order: list[int], adapter: str = "default") -> None:
@@ -90,5 +109,5 @@ def permute_columns(model: nn.Module, order: list[int], adapter: str = "default"
     with torch.no_grad():
         for _, router in routers(model, adapter):
             rows = order + ([len(order)] if router.settings.null_expert else [])
-            for parameter in router.parameters():
+            for parameter in getattr(router.scorer, "out", router.scorer).parameters():
                 parameter.copy_(parameter[rows].clone())

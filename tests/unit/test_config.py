@@ -114,8 +114,8 @@ def test_preset_fills_what_is_open_and_nothing_else(name):
 def test_no_routing_field_stays_open():
     for fields in ACCEPTED.values():
         config = MoLoraConfig(**fields)
-        opened = {f for f in OURS if f.startswith(("router_", "scoring", "norm", "straight", "null"))}
-        assert [f for f in opened - {"router_tap"} if getattr(config, f) is None] == []
+        opened = {f for f in OURS if f.startswith(("router_", "scoring", "norm", "straight", "null", "topk"))}
+        assert [f for f in opened - {"router_tap", "router_l1_target"} if getattr(config, f) is None] == []
 
 
 def test_scores_are_drawn_only_where_ties_would_starve():

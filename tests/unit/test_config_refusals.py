@@ -17,7 +17,8 @@ NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 NOT_BOOL = [1, 0, "yes", "true", [], 0.0]
 NOT_COUNT = [0, -1, 1.5, "2", True, False, NAN, [2], np.int64(0)]
 NOT_POSITIVE = [0, -4, NAN, INF, "16", True, HUGE, [1.0]]
-NOT_COEF = [-0.1, NAN, INF, -INF, "0.01", True, HUGE, None]
+NOT_OPTIONAL_COEF = [-0.1, NAN, INF, -INF, "0.01", True, HUGE]
+NOT_COEF = [*NOT_OPTIONAL_COEF, None]
 NOT_NAMES = [3, "", [3], ["q_proj", ""], {"q_proj": 1}, True]
 
 # Field -> values that it refuses. Every field of ours has a row; see test_every_field_has_a_row.
@@ -62,19 +63,36 @@ BAD = {
     "router_scope": ["layer", "", 3, True, ["module"]],
     "router_tap": [-1, 1.5, True, False, "", [3]],
     "router_below_tap": ["skip", "", 3, True],
+    "router_hidden_size": NOT_COUNT,
+    "topk_method": ["best", "", 3, True],
+    "top_p": [0, 1, 1.5, -0.1, NAN, "0.5", True],
+    "routed_scaling_factor": [*NOT_POSITIVE, None],
+    "shared_experts": ["expert_0", [3], [""], ["nobody"], ["expert_0", "expert_0"], None],
+    "experts_per_layer": [[], [0], "2", [1.5], 2, [True], [5, 8]],
+    "top_k_per_layer": [[], [0], "2", [1.5], 2, [5]],
+    "router_bias_update_rate": [-0.1, NAN, INF, "0.1", True],
     "router_granularity": ["tokens", "", 3, True],
     "router_pool": ["max", "", 3, True],
     "router_input_norm": NOT_BOOL,
     "router_temperature": NOT_POSITIVE,
     "router_init_std": [-0.1, NAN, INF, "0.02", True, HUGE],
-    "scoring_func": ["relu", "", 3, True],
+    "scoring_func": ["elu", "", 3, True],
     "top_k": [*NOT_COUNT, 5, 1000],
     "norm_topk_prob": NOT_BOOL,
     "straight_through": NOT_BOOL,
     "null_expert": NOT_BOOL,
-    "router_aux_loss_coef": NOT_COEF,
+    "router_aux_loss_coef": NOT_OPTIONAL_COEF,
     "router_z_loss_coef": NOT_COEF,
+    "router_entropy_coef": [NAN, INF, "0.1", True, None],
     "router_label_loss_coef": NOT_COEF,
+    "router_lbc_coef": NOT_COEF,
+    "router_lbc_delta": [0, 1, -0.1, NAN, "0.5", True, None],
+    "router_l1_coef": NOT_OPTIONAL_COEF,
+    "router_l1_target": [0, 1, -0.1, NAN, "0.5", True],
+    "expert_orthogonality_coef": NOT_COEF,
+    "distillation_coef": NOT_COEF,
+    "distillation_temperature": [*NOT_POSITIVE, None],
+    "distillation_adaptive": [*NOT_BOOL, None],
     "allow_base_mismatch": [*NOT_BOOL, None],
     "format_version": [*NOT_COUNT, None, FORMAT_VERSION + 1, 99],
 }
@@ -112,6 +130,8 @@ def test_bad_value_is_refused_with_field_value_and_fix(name, value):
             "add",
             "upgrade",
             "only 'none'",
+            "agree",
+            "is enough",
         )
     )
 
@@ -154,13 +174,78 @@ REFUSED = {
         {"router": "random", "router_aux_loss_coef": 1},
         ["router_aux_loss_coef=1", "not train"],
     ),
-    "sequence per module": (
-        {"router_granularity": "sequence"},
-        ["'sequence'", "router_scope='model'", "KV cache"],
+    "sequence without hidden states": (
+        {"router": "hash", "router_granularity": "sequence"},
+        ["router_granularity='sequence'", "no effect", "router='hash'"],
     ),
-    "sequence per block": (
-        {"router_granularity": "sequence", "router_scope": "block"},
-        ["router_scope='model'", "'block'"],
+    "static with a norm": (
+        {"router": "static", "router_input_norm": True},
+        ["router_input_norm=True", "no effect", "do not depend on the input"],
+    ),
+    "prompt below the tap per prompt": (
+        {"router_scope": "model", "router_granularity": "sequence", "router_below_tap": "prompt"},
+        ["router_below_tap='prompt'", "no effect", "'probe'"],
+    ),
+    "raw scores normalised": (
+        {"scoring_func": "none"},
+        ["scoring_func='none'", "norm_topk_prob=False"],
+    ),
+    "relu normalised": (
+        {"scoring_func": "relu"},
+        ["scoring_func='relu'", "norm_topk_prob=False"],
+    ),
+    "top_p alone": ({"top_p": 0.5}, ["top_p=0.5", "topk_method='top_p'"]),
+    "top_p without mass": ({"topk_method": "top_p"}, ["top_p=None", "belong together"]),
+    "top_p of sigmoids": (
+        {"topk_method": "top_p", "top_p": 0.5, "scoring_func": "sigmoid"},
+        ["top_p", "scoring_func='sigmoid'", "'softmax'"],
+    ),
+    "top_p and top_k": (
+        {"topk_method": "top_p", "top_p": 0.5, "top_k": 2},
+        ["top_k=2", "no effect", "leave it out"],
+    ),
+    "expert choice of nothing": ({"topk_method": "expert_choice"}, ["expert_choice", "top_k"]),
+    "expert choice of a causal model": (
+        {"topk_method": "expert_choice", "top_k": 1, "norm_topk_prob": False, "task_type": "CAUSAL_LM"},
+        ["expert_choice", "future", "greedy"],
+    ),
+    "balancing bias of dense gates": (
+        {"router_bias_update_rate": 0.001},
+        ["router_bias_update_rate=0.001", "no effect", "top_k"],
+    ),
+    "all experts shared": (
+        {"experts": 2, "shared_experts": ["expert_0", "expert_1"]},
+        ["shared_experts", "no expert to route"],
+    ),
+    "misspelt shared expert": ({"shared_experts": ["expert_7"]}, ["'expert_7' is no expert", "expert_"]),
+    "depth of one decision": (
+        {"top_k_per_layer": [1, 2], "router_scope": "model"},
+        ["top_k_per_layer=[1, 2]", "router_scope='module'"],
+    ),
+    "counts of adapters": (
+        {"experts": {"a": "x", "b": "y"}, "experts_per_layer": [1, 2]},
+        ["experts_per_layer=[1, 2]", "fresh experts"],
+    ),
+    "counts that lack experts": ({"experts_per_layer": [1, 2]}, ["maximum of 2", "experts=4"]),
+    "counts and shared": (
+        {"experts_per_layer": [2, 4], "shared_experts": ["expert_0"]},
+        ["experts_per_layer", "shared_experts"],
+    ),
+    "two kinds of top_k": ({"top_k": 2, "top_k_per_layer": [1, 2]}, ["top_k=2", "leave one out"]),
+    "l1 of softmax": ({"router_l1_coef": 0.1}, ["router_l1_coef=0.1", "no effect", "'relu'"]),
+    "target without l1": ({"router_l1_target": 0.5}, ["router_l1_target=0.5", "router_l1_coef"]),
+    "delta without lbc": ({"router_lbc_delta": 0.5}, ["router_lbc_delta=0.5", "router_lbc_coef"]),
+    "temperature without distillation": (
+        {"distillation_temperature": 2.0},
+        ["distillation_temperature=2.0", "distillation_coef"],
+    ),
+    "orthogonality of frozen experts": (
+        {"experts": {"a": "x", "b": "y"}, "expert_orthogonality_coef": 0.1},
+        ["expert_orthogonality_coef=0.1", "frozen"],
+    ),
+    "entropy of a fixed router": (
+        {"router": "random", "router_entropy_coef": -0.1},
+        ["router_entropy_coef=-0.1", "not train"],
     ),
     "tap per module": ({"router_tap": 0}, ["router_tap=0", "no effect", "router_scope='model'"]),
     "below_tap per module": ({"router_below_tap": "base"}, ["router_below_tap='base'", "no effect"]),
