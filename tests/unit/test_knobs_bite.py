@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing, routing_inputs
 from peft_moe.losses import LOSSES, auxiliary_losses
@@ -31,6 +31,9 @@ SIZES = {
 }
 torch.manual_seed(0)
 BASE = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+BERT = BertModel(
+    BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), add_pooling_layer=False
+).eval()
 IDS = torch.arange(1, 13).view(2, 6)
 PROMPT = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()
 FIXED = {"experts": 3, "target_modules": ["q_proj", "up_proj"], "init_weights": False, "router_init_std": 1.0}
@@ -50,6 +53,14 @@ def logits(**fields: Any) -> Tensor:
     model = mixture(**fields)
     with routing_inputs(prompt_mask=PROMPT), torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+def encoded(**fields: Any) -> Tensor:
+    """Outputs of an encoder, where a token may look at later ones."""
+    torch.manual_seed(1)
+    config = MoLoraConfig(**{**FIXED, "target_modules": ["query"], **fields})
+    with torch.no_grad():
+        return get_peft_model(copy.deepcopy(BERT), config).eval()(input_ids=IDS).last_hidden_state
 
 
 def adapted(**fields: Any) -> list[str]:
@@ -108,6 +119,13 @@ BITES: dict[str, Row] = {
     "norm_topk_prob": (logits, {"top_k": 2}, True, False),
     "straight_through": (backward, TOP_1, False, True),
     "null_expert": (logits, {}, False, True),
+    "router_hidden_size": (logits, {"router": "mlp"}, 4, 5),
+    "topk_method": (encoded, {"top_k": 2}, "greedy", "expert_choice"),
+    "top_p": (logits, {"topk_method": "top_p"}, 0.3, 0.9),
+    "routed_scaling_factor": (logits, {}, 1.0, 2.0),
+    "shared_experts": (logits, {}, [], ["expert_1"]),
+    "experts_per_layer": (logits, {}, None, [1, 3]),
+    "top_k_per_layer": (logits, {}, None, [1, 2]),
     "router_aux_loss_coef": (total_loss, TOP_1, 0.01, 0.1),
     "router_z_loss_coef": (total_loss, {}, 0.01, 0.1),
     "router_label_loss_coef": (total_loss, {}, 0.01, 0.1),

@@ -137,3 +137,90 @@ def test_permuted_columns_permute_the_gates():
     for fields in ({}, {"top_k": 2}, {"top_k": 1, "straight_through": True}):
         wanted = chosen(logits, **fields).gates[..., order]
         torch.testing.assert_close(chosen(logits[..., order], **fields).gates, wanted)
+
+
+# The other ways to select.
+
+
+def test_top_p_keeps_the_fewest_columns_that_reach_the_mass():
+    logits = scores(40, 3, 6)
+    routing = chosen(logits, topk_method="top_p", top_p=0.7)
+    for row, kept in zip(
+        torch.softmax(logits, -1).flatten(0, 1), routing.selected.flatten(0, 1), strict=True
+    ):
+        descending = row.sort(descending=True).values
+        wanted = next(n for n in range(1, 7) if descending[:n].sum() >= 0.7)
+        assert kept.sum() == wanted
+        assert row[kept].min() >= row[~kept].max()
+    assert len(set(routing.selected.sum(-1).flatten().tolist())) > 1
+    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(40, 3, dtype=torch.float64))
+
+
+def test_expert_choice_fills_every_expert_and_no_padding():
+    logits = scores(2, 8, 4)
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[1, 5:] = False
+    config = RouterSettings(
+        "linear", num_experts=4, top_k=2, topk_method="expert_choice", norm_topk_prob=False
+    )
+    routing = select(logits, config, real_BT=real)
+    assert routing.selected.sum(1).tolist() == [[4] * 4, [3] * 4]  # ⌈2·8/4⌉ and ⌈2·5/4⌉ places each
+    assert not routing.selected[1, 5:].any()
+    probabilities = torch.softmax(logits, -1)
+    for expert in range(4):
+        taken = routing.selected[0, :, expert]
+        assert probabilities[0, taken, expert].min() >= probabilities[0, ~taken, expert].max()
+    alone = select(logits[1:, :5], config)
+    assert torch.equal(alone.gates, routing.gates[1:, :5])
+
+
+def test_relu_gates_are_the_positive_scores():
+    logits = scores(2, 3, 4)
+    gates = chosen(logits, scoring_func="relu", norm_topk_prob=False).gates
+    assert torch.equal(gates, logits.clamp_min(0))
+
+
+def test_raw_scores_are_the_gates():
+    logits = scores(2, 3, 4)
+    assert torch.equal(chosen(logits, scoring_func="none", norm_topk_prob=False).gates, logits)
+
+
+def test_the_scaling_factor_multiplies_routed_experts_only():
+    logits = scores(2, 3, 3)
+    one = chosen(logits, num_experts=4, shared=(1,))
+    two = chosen(logits, num_experts=4, shared=(1,), scaling_factor=2.5)
+    routed = [0, 2, 3]
+    assert torch.equal(one.gates[..., 1], torch.ones(2, 3, dtype=torch.float64))
+    assert torch.equal(two.gates[..., 1], one.gates[..., 1])
+    torch.testing.assert_close(two.gates[..., routed], 2.5 * one.gates[..., routed], atol=0, rtol=1e-14)
+    torch.testing.assert_close(one.gates[..., routed], torch.softmax(logits, -1))
+
+
+def test_a_shared_expert_beside_a_null_expert():
+    logits = torch.tensor([[[0.0, 5.0]]])
+    gates = chosen(logits, num_experts=2, shared=(0,), null_expert=True, top_k=1).gates
+    assert gates.tolist() == [[[1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "relu", "none"])
+def test_absent_experts_get_nothing_and_the_others_are_as_if_alone(scoring_func):
+    logits = scores(2, 3, 4)
+    options = {"scoring_func": scoring_func, "norm_topk_prob": scoring_func == "softmax"}
+    routing = chosen(logits, present=2, **options)
+    assert (routing.gates[..., 2:] == 0).all()
+    torch.testing.assert_close(routing.gates[..., :2], chosen(logits[..., :2], **options).gates)
+
+
+def test_absent_experts_are_never_selected():
+    routing = chosen(scores(50, 3, 4), present=3, top_k=2)
+    assert not routing.selected[..., 3].any()
+    assert chosen(scores(2, 3, 4), present=2, top_k=2).selected is None  # all that there are
+
+
+def test_the_balancing_bias_chooses_and_does_not_weigh():
+    logits = torch.tensor([[[2.0, 1.0, 0.0]]], dtype=torch.float64)
+    options = RouterSettings("linear", num_experts=3, top_k=1, scoring_func="sigmoid", norm_topk_prob=False)
+    bias = torch.tensor([0.0, 0.0, 5.0], dtype=torch.float64)
+    assert select(logits, options).gates.argmax() == 0
+    moved = select(logits, options, bias_X=bias).gates
+    assert moved.flatten().tolist() == [0.0, 0.0, 0.5]
