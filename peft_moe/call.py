@@ -37,7 +37,7 @@ def past_length(call: dict[str, Any]) -> int:
     return int(cache.get_seq_length())
 
 
-def read_call(call: dict[str, Any], *, causal: bool, prompt_length: int | None = None) -> RoutingContext:
+def read_call(call: dict[str, Any], *, causal: bool, given: tuple[int, int] | None = None) -> RoutingContext:
     """The context of one forward pass, from the model's own arguments and from ``routing_inputs``.
 
     Args:
@@ -45,8 +45,9 @@ def read_call(call: dict[str, Any], *, causal: bool, prompt_length: int | None =
             one of static caches, or a dict of such) and ``labels`` are looked at.
         causal: whether the model generates, so that ignored labels mark its prompt. In an encoder
             they mark tokens that are not scored, which says nothing about prompts.
-        prompt_length: width of the prompt that is being continued, for a call inside ``generate``: what
-            lies behind it in a call without a past are candidates and answers, never prompt.
+        given: rows and width of the ids that the user gave, where this call may be one of many that
+            continue them: what lies behind them in a call without a past are candidates and answers,
+            never prompt; and their rows may be repeated for beams.
     """
     tokens = call.get("input_ids")
     if tokens is None:
@@ -60,40 +61,40 @@ def read_call(call: dict[str, Any], *, causal: bool, prompt_length: int | None =
         context.input_ids = tokens
     inputs = current_inputs()
     if inputs is not None and inputs.domains is not None:
-        context.domains = _per_row(inputs.domains.to(tokens.device), shape[0], "domains", prompt_length)
+        context.domains = _per_row(inputs.domains.to(tokens.device), shape[0], "domains", given)
     if inputs is not None and inputs.gates is not None:
         gates_BE = torch.as_tensor(inputs.gates, dtype=torch.float32, device=tokens.device)
         if gates_BE.dim() != 2:
             raise PeftMoeError(f"gates is {tuple(gates_BE.shape)}; give weights [B, E] or [1, E]")
-        context.gates = _per_row(gates_BE, shape[0], "gates", prompt_length)[:, None]
+        context.gates = _per_row(gates_BE, shape[0], "gates", given)[:, None]
     if inputs is not None and inputs.prompt_mask is not None:
         if not (past > 0 and inputs.prompt_used):
             inputs.prompt_used = True
-            mask = _as_call(inputs.prompt_mask.to(tokens.device).bool(), shape, past, prompt_length)
+            mask = _as_call(inputs.prompt_mask.to(tokens.device).bool(), shape, past, given)
             _set_prompt(context, mask, shape)
-    elif past == 0 and prompt_length is not None and shape[1] > prompt_length:
-        given = torch.ones(1, prompt_length, dtype=torch.bool, device=tokens.device)
-        _set_prompt(context, _as_call(given, shape, past, prompt_length), shape)
+    elif past == 0 and given is not None and shape[1] > given[1]:
+        all_BT = torch.ones(given, dtype=torch.bool, device=tokens.device)
+        _set_prompt(context, _as_call(all_BT, shape, past, given), shape)
     elif causal and _is_per_token(call.get("labels"), shape):
         _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape)
     return context
 
 
-def _per_row(given: Tensor, rows: int, name: str, prompt_length: int | None) -> Tensor:
+def _per_row(values: Tensor, rows: int, name: str, given: tuple[int, int] | None) -> Tensor:
     """One entry per row of the call; in a generation, beams and repeated prompts follow their own."""
-    if len(given) == rows or (len(given) == 1 and given.dim() > 1):
-        return given
-    if len(given) == 0 or rows % len(given) or prompt_length is None:
+    if len(values) == rows or (len(values) == 1 and values.dim() > 1):
+        return values
+    if given is None or len(values) != given[0] or len(values) == 0 or rows % len(values):
         raise PeftMoeError(
-            f"{name} has {len(given)} entries, this call has {rows} sequences; give one for each"
+            f"{name} has {len(values)} entries, this call has {rows} sequences; give one for each"
         )
-    return given.repeat_interleave(rows // len(given), dim=0)
+    return values.repeat_interleave(rows // len(values), dim=0)
 
 
-def _as_call(prompt_BT: Tensor, shape: tuple[int, int], past: int, prompt_length: int | None) -> Tensor:
-    """A mask of the prompt given to ``generate``, as this call sees it: one row per beam, answers behind."""
+def _as_call(prompt_BT: Tensor, shape: tuple[int, int], past: int, given: tuple[int, int] | None) -> Tensor:
+    """A mask of the ids given to ``generate``, as this call sees it: one row per beam, answers behind."""
     rows, width = prompt_BT.shape
-    if prompt_length is None or width != prompt_length or rows == 0 or shape[0] % rows:
+    if given is None or (rows, width) != given or rows == 0 or shape[0] % rows:
         return prompt_BT
     prompt_BT = prompt_BT.repeat_interleave(shape[0] // rows, dim=0)
     if past > 0:

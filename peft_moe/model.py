@@ -176,12 +176,12 @@ class MoLoraModel(BaseTuner):
         # PEFT enters this around one forward pass or one whole generation. A decision per prompt holds for
         # all of it, also where no KV cache carries it along.
         seat: ModelRouter = getattr(self.model, MODEL_SEAT)
-        outer = seat.pinned, seat.prompt_length
-        seat.pinned, seat.prompt_length = {}, _given_length(args, kwargs)
+        outer = seat.pinned, seat.given
+        seat.pinned, seat.given = {}, _given_shape(args, kwargs)
         try:
             yield
         finally:
-            seat.pinned, seat.prompt_length = outer
+            seat.pinned, seat.given = outer
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
@@ -230,10 +230,10 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
         )
 
 
-def _given_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _given_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
     named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
     given = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
-    return given.shape[1] if given is not None and given.dim() >= 2 else None
+    return (given.shape[0], given.shape[1]) if given is not None and given.dim() >= 2 else None
 
 
 def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:
@@ -252,7 +252,8 @@ def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, st
     if config.router_scope != "model":
         return None, ""
     tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap))
-    config.router_tap = tap.index
+    if config.scorer.reads_input and config.scorer.reads_hidden:
+        config.router_tap = tap.index
     return tap, stack
 
 

@@ -57,8 +57,8 @@ class ModelRouter(SharedRouter):
         ]
         # Decisions of a generation without KV cache, whose later steps would pool over the completion.
         self.pinned: dict[str, dict[str, Routing]] | None = None
-        # Tokens of the prompt that ``generate`` was given, while it runs.
-        self.prompt_length: int | None = None
+        # Rows and width of the ids that the user gave, while his call runs: one pass, or a generation.
+        self.given: tuple[int, int] | None = None
 
     def add_model_router(self, adapter: str, router: Router, tap: Tap) -> None:
         """Take in a router of scope "model", and watch its tap."""
@@ -83,7 +83,7 @@ class ModelRouter(SharedRouter):
         if running is not None and running.probing:
             return
         call = named_arguments(model, args, kwargs)
-        context = read_call(call, causal=_generates(model), prompt_length=self.prompt_length)
+        context = read_call(call, causal=_generates(model), given=self.given)
         enter_context(context)
         bind_checkpoints(model)
         if self.loss_fields and model.training and torch.is_grad_enabled() and not is_recording():

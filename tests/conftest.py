@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from support.zoo import Zoo
+from torch import nn
+
+from peft_moe.four_bit import keep_unpacked
 
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """Tiny bases, real adapters and mixtures of them, cached for the session."""
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def four_bit(zoo: Zoo) -> Callable[[], nn.Module]:
+    """Makes the tiny Llama in nf4, through transformers as users do."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    def load() -> nn.Module:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            zoo.saved_base("llama"), quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+        )
+        # A bare base would change its own weights in its first eval pass; see peft_moe/four_bit.py.
+        keep_unpacked(model, trains=True)
+        return model.eval()
+
+    return load

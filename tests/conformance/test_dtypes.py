@@ -17,7 +17,6 @@ from support.zoo import Zoo, silence_below_tap
 from torch import Tensor, nn
 
 from peft_moe import PeftMoeError
-from peft_moe.four_bit import keep_unpacked
 from peft_moe.layer import MoLoraLayer
 
 EXPERTS = list(RECIPES)
@@ -126,26 +125,6 @@ def _assert_factors(layer: MoLoraLayer, folders: dict[str, str]) -> None:
             assert factor.dtype == widest
             assert torch.equal(factor.to(original.dtype), original)
             assert torch.equal(factor.float(), original.float())
-
-
-@pytest.fixture(scope="module")
-def four_bit(zoo: Zoo):
-    """Makes the tiny Llama in nf4, through transformers as users do."""
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    def load() -> nn.Module:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            zoo.saved_base("llama"), quantization_config=quantization, dtype=torch.float32, device_map="cpu"
-        )
-        # A bare base would change its own weights in its first eval pass; see peft_moe/four_bit.py.
-        keep_unpacked(model, trains=True)
-        return model.eval()
-
-    return load
 
 
 @pytest.mark.parametrize("routing", [r for n, r in GATED if n == "llama"])
