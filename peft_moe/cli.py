@@ -1,12 +1,15 @@
-"""The command line: ``peft-moe demo`` and ``peft-moe chat``."""
+"""The command line: ``peft-moe``."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from .errors import PeftMoeError
 
@@ -31,7 +34,7 @@ def demo(
     from .demo.methods import Training
     from .demo.run import run_demo
 
-    run_demo(out, seed=seed, per_domain=questions, plan=Training(steps=steps))
+    run_demo(out, seed=seed, per_domain=questions, plan=Training(steps=steps), console=wide_console())
 
 
 @app.command()
@@ -43,6 +46,35 @@ def chat(
     from .demo.chat import chat as talk
 
     talk(str(mixture), marker)
+
+
+@app.command()
+def routers(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of ROUTERS.md.")] = False,
+) -> None:
+    """List the routers: what each does, what it needs, what it costs."""
+    from .catalogue import as_markdown, catalogue
+
+    rows = catalogue()
+    if as_json:
+        typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
+        return
+    if markdown:
+        typer.echo(as_markdown(rows))
+        return
+    table = Table(title="MoLoraConfig(router=…)", header_style="bold")
+    for heading in ("router", "what it does", "needs", "scope, per", "paper"):
+        table.add_column(heading)
+    for row in rows:
+        needs = row.needs + (f" (fit: {row.fit})" if row.fit else "")
+        table.add_row(row.name, row.summary, needs, f"{row.scope}, {row.granularity}", row.paper)
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """A console that does not squeeze tables into 80 columns where nobody said how wide it is."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def run() -> None:

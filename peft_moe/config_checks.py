@@ -89,10 +89,10 @@ def _check_constant(config: MoLoraConfig, settings: RouterSettings, scorer: type
 
 def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
     away_from_model = f"router_scope={config.router_scope!r}; set router_scope='model'"
-    if config.router_below_tap == "prompt" and settings.granularity == "sequence":
+    if config.router_below_tap == "prompt" and settings.granularity != "token":
         raise PeftMoeError(
-            "router_below_tap='prompt' has no effect with router_granularity='sequence', where all layers "
-            "follow the prompt; use 'probe'"
+            f"router_below_tap='prompt' has no effect with router_granularity={settings.granularity!r}, "
+            "where all layers follow the prompt; use 'probe'"
         )
     blind = f"router={config.router!r}, which reads no hidden states; leave it out"
     reads_hidden = scorer.reads_input and scorer.reads_hidden
@@ -103,10 +103,14 @@ def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Sco
             away_from_model,
         ),
         "router_pool": (
-            settings.pool != "mean" and settings.granularity != "sequence",
+            settings.pool != "mean" and settings.granularity == "token",
             "router_granularity='token'; set router_granularity='sequence'",
         ),
-        "router_granularity": (settings.granularity == "sequence" and not reads_hidden, blind),
+        "router_window": (
+            settings.window != 8.0 and settings.granularity != "running",
+            f"router_granularity={settings.granularity!r}; set router_granularity='running'",
+        ),
+        "router_granularity": (settings.granularity != "token" and not reads_hidden, blind),
         "router_input_norm": (settings.input_norm and not reads_hidden, blind),
         # PEFT looks at layer numbers only where it matches names.
         "layers_to_transform": (

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, EncoderDecoderCache
 
+from .errors import PeftMoeError
 from .routing import Routing
+
+# Summaries that a running router keeps, so that a rollback of that many tokens finds the one before them.
+REMEMBERED = 64
 
 
 class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped here
@@ -24,8 +28,8 @@ class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped 
 
     Attributes:
         adapter: the adapter's name.
-        decisions: the prompt's decisions by router, tensors [B, 1, ·]; None for routers that decide per
-            token everywhere.
+        decisions: by router, tensors [B, 1, ·]: the prompt's, or the last one of a router that follows the
+            text, with its last summaries; None for routers that decide per token everywhere.
         probe_cache: keys and values of the bare base below the tap; None where no probe runs.
     """
 
@@ -44,6 +48,17 @@ class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped 
         """Follow a rollback; the prompt's decision stands."""
         if self.probe_cache is not None:
             self.probe_cache.crop(tokens_to_remove)
+        removed = abs(tokens_to_remove)
+        for name, routing in (self.decisions or {}).items():
+            if routing.running is None or removed == 0:
+                continue
+            if removed >= routing.running.shape[1]:
+                raise PeftMoeError(
+                    f"adapter {self.adapter!r}: router {name!r} follows the text and remembers the last "
+                    f"{routing.running.shape[1]} tokens, so that {removed} cannot be taken back; "
+                    "fill a new cache"
+                )
+            routing.running = routing.running[:, :-removed]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow beams to their new rows."""

@@ -35,7 +35,7 @@ _shown.maxstring = _shown.maxother = 120
 _CHOICES: dict[str, tuple[str, ...]] = {
     "router_scope": ("module", "block", "model"),
     "router_below_tap": ("probe", "base", "prompt"),
-    "router_granularity": ("token", "sequence"),
+    "router_granularity": ("token", "sequence", "running"),
     "router_pool": POOLS,
     "scoring_func": tuple(SCORING_FUNCS),
     "topk_method": ("greedy", "top_p", "expert_choice"),
@@ -200,6 +200,7 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "router_input_norm": (_TRUTH, _optional(_is_bool)),
     "router_temperature": (_POSITIVE, _optional(_is_positive)),
     "router_init_std": (_NOT_NEGATIVE, _optional(_is_not_negative)),
+    "router_window": (_POSITIVE, _optional(_is_positive)),
     "router_hidden_size": (_COUNT, _optional(_is_count)),
     "top_k": (_COUNT, _optional(_is_count)),
     "top_p": ("a number above 0 and below 1", _optional(_is_share)),

@@ -143,8 +143,10 @@ class MoLoraModel(BaseTuner):
             seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
         if config.router_scope == "block":
             seats += _seat_blocks(model, adapter, depth, layers)
-        if config.router_granularity == "sequence" or config.router_below_tap == "prompt":
+        if config.router_granularity != "token" or config.router_below_tap == "prompt":
             seat.per_prompt.add(adapter)
+        if config.router_granularity == "running":
+            seat.running.add(adapter)
         if config.router_scope != "module" and not config.scorer.reads_input:
             _share_constant(seats, adapter, layers)
         for shared in seats:
@@ -237,7 +239,7 @@ def _given_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, in
 
 
 def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:
-    shared = config.router_scope != "module" or config.router_granularity == "sequence"
+    shared = config.router_scope != "module" or config.router_granularity != "token"
     if shared and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise PeftMoeError(
             f"router_scope={config.router_scope!r} with router_granularity={config.router_granularity!r}: in "

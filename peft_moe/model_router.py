@@ -14,16 +14,17 @@ hidden states at its tap, the input of one decoder layer, in one of three ways:
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from .call import named_arguments, past_length, read_call
 from .checkpointing import bind_checkpoints, refuse_reentrant
-from .decode_state import RouterState, attach_state, find_state
+from .decode_state import REMEMBERED, RouterState, attach_state, find_state
 from .errors import PeftMoeError
 from .probe import TapReached, run_probe
 from .routers import Router
@@ -47,8 +48,10 @@ class ModelRouter(SharedRouter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(MODEL_SEAT)
         self.taps: dict[str, Tap] = {}
-        # Adapters that decide once per prompt, in whatever scope.
+        # Adapters whose decisions outlive their call (once per prompt, or running), in whatever scope.
         self.per_prompt: set[str] = set()
+        # Those of them whose decision then follows the text.
+        self.running: set[str] = set()
         # Adapter to the auxiliary loss that its config asks for, until its user was warned.
         self.loss_fields: dict[str, str] = {}
         self.handles = [
@@ -76,6 +79,7 @@ class ModelRouter(SharedRouter):
         super().delete_adapter(adapter_name)
         self.taps.pop(adapter_name, None)
         self.per_prompt.discard(adapter_name)
+        self.running.discard(adapter_name)
         self.loss_fields.pop(adapter_name, None)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -118,17 +122,19 @@ class ModelRouter(SharedRouter):
         if not router.reads_hidden:
             self._settle(adapter, router(_no_hidden(router, context), context), context)
             return
-        if tap.below == "base" or (tap.below == "prompt" and adapter not in self.per_prompt):
+        if tap.below == "base":
             return
-        once = adapter in self.per_prompt
+        once = router.pools or tap.below == "prompt"
 
-        def probe() -> Routing:
-            self._refuse_late_prompt(adapter, call)
-            probe_cache = self._probe_cache(model, adapter, call, context)
-            routing: Routing = router(run_probe(model, tap, call, context, probe_cache), context, pool=once)
+        def probe(before: Tensor | None = None) -> Routing:
+            self._refuse_late_prompt(adapter, call, once)
+            probe_cache = None if once else self._probe_cache(model, adapter, call, context)
+            hidden_BTI = run_probe(model, tap, call, context, probe_cache)
+            routing: Routing = router(hidden_BTI, context, pool=once, before=before)
             return routing
 
-        routing = context.decide(adapter, MODEL_SEAT, probe) if once else probe()
+        lasting = adapter in self.per_prompt
+        routing = context.decide(adapter, MODEL_SEAT, probe) if lasting else probe()
         if tap.below == "prompt":
             context.shared[below(adapter)] = routing
         else:
@@ -137,9 +143,10 @@ class ModelRouter(SharedRouter):
     def _kept_decisions(
         self, adapter: str, call: dict[str, Any], context: RoutingContext
     ) -> dict[str, Routing] | None:
-        if self.pinned and adapter in self.pinned and past_length(call) == 0:
+        runs = adapter in self.running
+        if self.pinned and adapter in self.pinned and past_length(call) == 0 and not runs:
             return self.pinned[adapter]
-        if context.prompt is not None:
+        if context.prompt is not None and (past_length(call) == 0 or not runs):
             return None  # the caller marks a prompt: a new turn, a new decision
         if past_length(call) > 0:
             state = find_state(call["past_key_values"], adapter)
@@ -151,9 +158,9 @@ class ModelRouter(SharedRouter):
             return state.decisions
         return None
 
-    def _refuse_late_prompt(self, adapter: str, call: dict[str, Any]) -> None:
+    def _refuse_late_prompt(self, adapter: str, call: dict[str, Any], once: bool) -> None:
         # The bare base has no keys of the cached tokens: a probe of the new ones alone would misread them.
-        if adapter in self.per_prompt and past_length(call) > 0:
+        if once and past_length(call) > 0:
             raise PeftMoeError(
                 f"adapter {adapter!r}: a new prompt on a filled KV cache cannot be probed with "
                 "router_below_tap='probe'; pass the whole text without cache, or use router_below_tap='base'"
@@ -163,7 +170,7 @@ class ModelRouter(SharedRouter):
         self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext
     ) -> DynamicCache | None:
         # A decision per token needs the base's own keys below the tap in every decoding step.
-        if adapter in self.per_prompt or not _fills_cache(model, call):
+        if not _fills_cache(model, call):
             return None
         state = find_state(call.get("past_key_values"), adapter)
         if state is not None and state.probe_cache is not None:
@@ -192,10 +199,18 @@ class ModelRouter(SharedRouter):
             tap = self.taps.get(adapter)
             if tap is None or tap.layer is not layer or tap.below == "probe" or adapter in context.shared:
                 continue
-            decide = partial(self.molora_router[adapter], hidden_BTI, context)
-            once = adapter in self.per_prompt and tap.below == "base"
-            routing = context.decide(adapter, MODEL_SEAT, decide) if once else decide()
+            router = self.molora_router[adapter]
+            if (router.pools or router.runs) and tap.below == "base":
+                decide = partial(self._ask, router, hidden_BTI, context)
+                routing = context.decide(adapter, MODEL_SEAT, decide)
+            else:
+                routing = router(hidden_BTI, context)
             self._settle(adapter, routing, context)
+
+    @staticmethod
+    def _ask(router: Router, hidden: Tensor, context: RoutingContext, before: Tensor | None) -> Routing:
+        routing: Routing = router(hidden, context, before=before)
+        return routing
 
     def _settle(self, adapter: str, routing: Routing, context: RoutingContext) -> None:
         context.shared[adapter] = routing
@@ -217,16 +232,27 @@ class ModelRouter(SharedRouter):
         if adapter in context.decided:
             # A later step continues the last turn.
             state.decisions = {
-                name: routing.detach().map(lambda t: t[:, -1:])
+                name: _last(routing, context.kept.get(adapter, {}).get(name))
                 for name, routing in context.decided[adapter].items()
             }
             if self.pinned is not None:
                 self.pinned.setdefault(adapter, state.decisions)
-        state.probe_cache = context.probe_caches.get(adapter)
+        earlier = find_state(cache, adapter)
+        running_probe = earlier.probe_cache if earlier is not None else None
+        state.probe_cache = context.probe_caches.get(adapter, running_probe)
         attach_state(cache, state)
 
 
-def _no_hidden(router: Router, context: RoutingContext) -> torch.Tensor:
+def _last(routing: Routing, kept: Routing | None) -> Routing:
+    """What a later step needs of a decision: its last token's, and the summaries that led there."""
+    running = routing.running
+    if running is not None and kept is not None and kept.running is not None:
+        running = torch.cat([kept.running, running], dim=1)
+    last = replace(routing, running=None).detach().map(lambda t: t[:, -1:])
+    return last if running is None else replace(last, running=running[:, -REMEMBERED:])
+
+
+def _no_hidden(router: Router, context: RoutingContext) -> Tensor:
     """Stands for the hidden states of a router that does not read them."""
     known = (context.input_ids, context.real, context.domains)
     device = next((t.device for t in known if t is not None), torch.device("cpu"))

@@ -30,11 +30,14 @@ class Routing:
         gates: weights of the experts, float32, [B|1, T|1, E]; a size of 1 means "the same for all".
         logits: scores before the selection, float32, [B|1, T|1, X]; None where nothing was scored.
         selected: which columns the selector kept, bool, [B|1, T|1, X]; None for dense gates.
+        running: the summary of the text that led to it, [B, T, I], for a router that continues it in the
+            next step; else None.
     """
 
     gates: Tensor
     logits: Tensor | None = None
     selected: Tensor | None = None
+    running: Tensor | None = None
 
     @property
     def is_constant(self) -> bool:
@@ -43,8 +46,8 @@ class Routing:
 
     def map(self, move: Any) -> Routing:
         """The same decision with ``move`` applied to each of its tensors."""
-        logits, selected = (None if t is None else move(t) for t in (self.logits, self.selected))
-        return Routing(gates=move(self.gates), logits=logits, selected=selected)
+        others = (self.logits, self.selected, self.running)
+        return Routing(move(self.gates), *(None if t is None else move(t) for t in others))
 
     def detach(self) -> Routing:
         """The same decision, cut off from the graph that made it."""
@@ -91,17 +94,20 @@ class RoutingContext:
     probe_caches: dict[str, Any] = field(default_factory=dict)
     parent: RoutingContext | None = None
 
-    def decide(self, adapter: str, name: str, take: Callable[[], Routing]) -> Routing:
-        """A decision per prompt: the one that this call continues, else a new one, which is kept.
+    def decide(self, adapter: str, name: str, take: Callable[[Tensor | None], Routing]) -> Routing:
+        """A decision that outlives its call: one per prompt, or one that follows the text.
+
+        The one per prompt is that of the call which is continued, if there is one.
 
         Args:
             adapter: the adapter's name.
             name: the router's.
-            take: decides anew.
+            take: decides anew, from the summary of what came before [B, I], or None.
         """
-        if adapter in self.kept:
-            return self.kept[adapter][name]
-        routing = take()
+        kept = self.kept[adapter][name] if adapter in self.kept else None
+        if kept is not None and kept.running is None:
+            return kept
+        routing = take(None if kept is None or kept.running is None else kept.running[:, -1])
         self.decided.setdefault(adapter, {})[name] = routing
         return routing
 

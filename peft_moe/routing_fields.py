@@ -13,6 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "router_scope": "module",
     "router_granularity": "token",
     "router_pool": "mean",
+    "router_window": 8.0,
     "router_below_tap": "probe",
     "router_input_norm": False,
     "router_temperature": 1.0,
@@ -50,7 +51,9 @@ class RoutingFields:
             those layers stay unadapted, and the tap is read in the same pass, at no cost. "prompt", for
             decisions per token: those layers follow the prompt's pooled decision, from a probe at
             prefill only, and the tap is read in the same pass.
-        router_granularity: "token", or "sequence": one decision per prompt.
+        router_granularity: "token"; "sequence": one decision per prompt; or "running": a decision that
+            starts from the prompt and follows a running mean of the text behind it.
+        router_window: half-life of that mean, in tokens.
         router_pool: how a prompt is summarised for it: "mean" or "last" token.
         router_input_norm: divide the router's input by its root mean square.
         router_temperature: what scores are divided by; below 1 sharpens.
@@ -96,6 +99,7 @@ class RoutingFields:
     router_below_tap: str | None = None
     router_granularity: str | None = None
     router_pool: str | None = None
+    router_window: float | None = None
     router_input_norm: bool | None = None
     router_temperature: float | None = None
     router_hidden_size: int | None = None
@@ -201,6 +205,7 @@ class RoutingFields:
             bias_update_rate=float(self.router_bias_update_rate or 0.0),
             granularity=str(self.router_granularity),
             pool=str(self.router_pool),
+            window=float(self.router_window or 1.0),
             input_norm=bool(self.router_input_norm),
             hidden_size=int(self.router_hidden_size or 1),
             init_std=float(self.router_init_std or 0.0),

@@ -174,8 +174,8 @@ def take_decision(router: Router, adapter: str, name: str, x: Tensor) -> Routing
         x: its input, [B, T, I].
     """
     context = current_context()
-    if router.pools and context is not None:
-        routing = context.decide(adapter, name, lambda: router(x, context))
+    if (router.pools or router.runs) and context is not None:
+        routing = context.decide(adapter, name, lambda before: router(x, context, before=before))
     else:
         routing = router(x, context)
     report(name, routing)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from ..routing import Routing, RoutingContext
 from .pooling import pool_prompts, spread_turns
 from .registry import scorer_class
+from .running import running_features
 from .selectors import select
 from .settings import RouterSettings
 
@@ -55,26 +56,48 @@ class Router(nn.Module):
         """Whether there is one decision per prompt, taken from its pooled hidden states."""
         return self.settings.granularity == "sequence" and self.reads_hidden
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None, *, pool: bool = False) -> Routing:
+    @property
+    def runs(self) -> bool:
+        """Whether its decisions start from the prompt and follow the text."""
+        return self.settings.granularity == "running" and self.reads_hidden
+
+    def forward(
+        self,
+        x: Tensor,
+        context: RoutingContext | None = None,
+        *,
+        pool: bool = False,
+        before: Tensor | None = None,
+    ) -> Routing:
         """Decide.
 
         Args:
             x: the routed tokens, [B, T, I].
             context: the running forward pass; a router that pools over prompts needs it.
             pool: decide once per prompt, also where the router decides per token elsewhere.
+            before: the summary of the text that this call continues, [B, I].
 
         Returns:
             A :class:`Routing`: [B, T, ·], [B, 1, ·] for one decision per sequence, or [1, 1, ·].
         """
         with torch.autocast(device_type=x.device.type, enabled=False):
             pool = pool or self.pools
-            features_BTI = self.features(x, context, pool=pool)
+            features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)
             real_BT = context.real if context is not None else None
             routing = select(logits_BTX, self.settings, bias_X=self.balance_bias, real_BT=real_BT)
+            if self.runs and not pool:
+                routing.running = features_BTI.detach()
             return spread_turns(routing, context) if pool and context is not None else routing
 
-    def features(self, x: Tensor, context: RoutingContext | None = None, *, pool: bool = False) -> Tensor:
+    def features(
+        self,
+        x: Tensor,
+        context: RoutingContext | None = None,
+        *,
+        pool: bool = False,
+        before: Tensor | None = None,
+    ) -> Tensor:
         """What the scorer sees: [B, T, I], or [B, S, I] pooled over prompts; float32 or wider.
 
         Fitting a router without gradients fits it on exactly this.
@@ -85,6 +108,9 @@ class Router(nn.Module):
             wide_BTI = functional.rms_norm(wide_BTI, (wide_BTI.shape[-1],))
         if pool or self.pools:
             wide_BTI = pool_prompts(wide_BTI, context or RoutingContext(), self.settings.pool)
+        elif self.runs:
+            settings, known = self.settings, context or RoutingContext()
+            wide_BTI = running_features(wide_BTI, known, settings.pool, settings.window, before)
         return wide_BTI
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:

@@ -24,7 +24,9 @@ class RouterSettings:
         temperature: what scores are divided by.
         scaling_factor: what the routed weights are multiplied by.
         bias_update_rate: step of the balancing bias; above 0 the router has one.
-        granularity: "token", or "sequence" for one decision per prompt.
+        granularity: "token", "sequence" for one decision per prompt, or "running" for one that starts from
+            the prompt and follows the text.
+        window: half-life of the running summary, in tokens.
         pool: how a prompt is summarised for it: "mean" over its tokens, or its "last" one.
         input_norm: whether inputs are divided by their root mean square first.
         hidden_size: width of the hidden layer of scorers that have one.
@@ -47,6 +49,7 @@ class RouterSettings:
     bias_update_rate: float = 0.0
     granularity: str = "token"
     pool: str = "mean"
+    window: float = 8.0
     input_norm: bool = False
     hidden_size: int = 64
     init_std: float = 0.0

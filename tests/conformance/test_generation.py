@@ -24,7 +24,8 @@ DECODERS = [(name, routing) for name, routing in PAIRS if name in CAUSAL]
 SOME = [(name, routing) for name, routing in DECODERS if name in {"llama", "gpt2"}]
 LLAMA = [routing for name, routing in DECODERS if name == "llama"]
 PER_PROMPT = ["prompt-probe", "prompt-base", "prompt-soft", "prompt-module", "prompt-block", "token-prompt"]
-PROBED_TOKENS = ["token-probe"]
+PROBED_TOKENS = ["token-probe", "running-probe"]
+RUNNING = ["running-probe", "running-base", "running-block"]
 
 
 def generate(model: PeftModel, prompt: dict[str, Tensor], **options: Any) -> Any:
@@ -160,7 +161,7 @@ def test_a_mask_around_generate_marks_the_prompt_given_to_it(zoo: Zoo, options: 
     assert not torch.allclose(steps_of(runs["some"])[:, 0][:1], steps_of(runs["all"])[:, 0][:1], atol=1e-4)
 
 
-@pytest.mark.parametrize("routing", [r for r in LLAMA if r not in PER_PROMPT])
+@pytest.mark.parametrize("routing", [r for r in LLAMA if r not in [*PER_PROMPT, *RUNNING]])
 def test_a_prompt_in_two_pieces(zoo: Zoo, routing: str) -> None:
     model = zoo.mixture("llama", routing)
     ids = torch.stack(texts(lengths=(9, 9)))
@@ -174,7 +175,7 @@ def test_a_prompt_in_two_pieces(zoo: Zoo, routing: str) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), whole, **FP32)
 
 
-@pytest.mark.parametrize("routing", ["prompt-base", "prompt-module", "prompt-block"])
+@pytest.mark.parametrize("routing", ["prompt-base", "prompt-module", "prompt-block", *RUNNING])
 def test_a_second_turn_decides_anew(zoo: Zoo, routing: str) -> None:
     """Its prompt is marked; the first turn stays in the cache. Same as both turns in one pass."""
     model = zoo.mixture("llama", routing)
@@ -245,7 +246,7 @@ def test_a_generation_leaves_nothing_behind(zoo: Zoo, routing: str) -> None:
         torch.testing.assert_close(steps_of(again), steps_of(expected), **FP32)
 
 
-@pytest.mark.parametrize("routing", [*PER_PROMPT, *PROBED_TOKENS])
+@pytest.mark.parametrize("routing", [*PER_PROMPT, *PROBED_TOKENS, "running-base", "running-block"])
 def test_a_cache_that_was_filled_without_the_mixture_is_refused(zoo: Zoo, routing: str) -> None:
     model = zoo.mixture("llama", routing)
     ids = torch.stack(texts(lengths=(7, 7)))
@@ -255,7 +256,7 @@ def test_a_cache_that_was_filled_without_the_mixture_is_refused(zoo: Zoo, routin
         model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("routing", PER_PROMPT)
+@pytest.mark.parametrize("routing", [*PER_PROMPT, *RUNNING])
 def test_a_kept_decision_reads_no_later_token(zoo: Zoo, routing: str) -> None:
     """With the prompt marked, other completions leave the logits of the prompt as they are."""
     model = zoo.mixture("llama", routing)

@@ -20,7 +20,15 @@ SAME = {"atol": 1e-6, "rtol": 1e-5}
 
 # Random weights are frozen: nothing to compare.
 TRAINED = [(name, routing) for name, routing in GATED if routing != "random"]
-TAPPED = ["token-probe", "token-base", "token-prompt", "prompt-probe", "prompt-base", "prompt-soft"]
+TAPPED = [
+    "token-probe",
+    "token-base",
+    "token-prompt",
+    "prompt-probe",
+    "prompt-base",
+    "prompt-soft",
+    "running-base",
+]
 LLAMA = [routing for name, routing in TRAINED if name == "llama"]
 
 

@@ -12,6 +12,7 @@ from peft_moe.routers import Router
 
 from .bases import ARCHITECTURES
 
+RUNNING = {"router_granularity": "running", "router_window": 2.0}
 # Every scope, granularity and place of the tap that the core offers.
 ROUTINGS: dict[str, dict[str, Any]] = {
     "uniform": {"router": "uniform"},
@@ -35,6 +36,10 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "prompt-block": {"router": "smear"},
     # Above the tap by the token, below it by the prompt.
     "token-prompt": {"router": "linear", "router_scope": "model", "router_below_tap": "prompt"},
+    # From the prompt, then with the text: by its own probe, within the pass, in every block.
+    "running-probe": {"router": "linear", "router_scope": "model", **RUNNING},
+    "running-base": {"router": "linear", "router_scope": "model", "router_below_tap": "base", **RUNNING},
+    "running-block": {"router": "linear", "router_scope": "block", **RUNNING},
     # Other scorers and selections.
     "mlp": {"router": "mlp", "router_hidden_size": 6},
     "top-p": {"router": "linear", "topk_method": "top_p", "top_p": 0.6},

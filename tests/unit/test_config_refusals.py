@@ -73,6 +73,7 @@ BAD = {
     "router_bias_update_rate": [-0.1, NAN, INF, "0.1", True],
     "router_granularity": ["tokens", "", 3, True],
     "router_pool": ["max", "", 3, True],
+    "router_window": NOT_POSITIVE,
     "router_input_norm": NOT_BOOL,
     "router_temperature": NOT_POSITIVE,
     "router_init_std": [-0.1, NAN, INF, "0.02", True, HUGE],
@@ -250,6 +251,7 @@ REFUSED = {
     "tap per module": ({"router_tap": 0}, ["router_tap=0", "no effect", "router_scope='model'"]),
     "below_tap per module": ({"router_below_tap": "base"}, ["router_below_tap='base'", "no effect"]),
     "pool per token": ({"router_pool": "last"}, ["router_pool='last'", "no effect", "'sequence'"]),
+    "window per token": ({"router_window": 4}, ["router_window=4", "no effect", "'running'"]),
     "layers with a regex": (
         {"target_modules": ".*q_proj", "layers_to_transform": [0]},
         ["layers_to_transform=[0]", "regex"],

@@ -41,7 +41,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "experts",
     ),
     4: ("model", "fitting"),
-    5: ("registration", "training", "evaluation"),
+    5: ("registration", "training", "evaluation", "catalogue"),
     6: ("cli", "demo", "__init__", "__main__"),
 }
 MAX_FILE, MAX_FUNCTION = 300, 60
