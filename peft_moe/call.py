@@ -63,10 +63,14 @@ def read_call(call: dict[str, Any], *, causal: bool, given: tuple[int, int] | No
     if inputs is not None and inputs.domains is not None:
         context.domains = _per_row(inputs.domains.to(tokens.device), shape[0], "domains", given)
     if inputs is not None and inputs.gates is not None:
-        gates_BE = torch.as_tensor(inputs.gates, dtype=torch.float32, device=tokens.device)
-        if gates_BE.dim() != 2:
-            raise PeftMoeError(f"gates is {tuple(gates_BE.shape)}; give weights [B, E] or [1, E]")
-        context.gates = _per_row(gates_BE, shape[0], "gates", given)[:, None]
+        gates = torch.as_tensor(inputs.gates, dtype=torch.float32, device=tokens.device)
+        if gates.dim() != 2 and not (gates.dim() == 3 and gates.shape[1] == shape[1]):
+            raise PeftMoeError(
+                f"gates is {tuple(gates.shape)}, this call has {shape} tokens; give weights [B, E], [1, E] "
+                "or [B, T, E]"
+            )
+        gates = _per_row(gates, shape[0], "gates", given)
+        context.gates = gates if gates.dim() == 3 else gates[:, None]
     if inputs is not None and inputs.prompt_mask is not None:
         if not (past > 0 and inputs.prompt_used):
             inputs.prompt_used = True

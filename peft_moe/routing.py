@@ -66,8 +66,9 @@ class RoutingContext:
         num_segments: S, how many turns the longest row holds.
         shape: (B, T) of this call's tokens, None where it takes no token sequence.
         input_ids: the tokens, long [B, T]; None where the call brings embeddings.
-        domains: column of the right expert (-1 unknown) per sequence, long [B]; from the caller.
-        gates: the caller's own gates [B, 1, E], which every layer uses instead of asking a router.
+        domains: column of the right expert (-1 unknown) per sequence, long [B], or per token, [B, T];
+            from the caller.
+        gates: the caller's own gates [B|1, T|1, E], which every layer uses instead of asking a router.
         shared: decisions of scope "model", by adapter; and by :func:`below` for the layers below a tap.
         kept: decisions per prompt that this call continues, by adapter and router.
         decided: decisions per prompt that this call took, by adapter and router.
@@ -201,9 +202,10 @@ def routing_inputs(
             over these only, and takes a new decision wherever a new run of them begins. Without it
             the prompt is found from ``labels`` (where they are -100), else it is every real token.
             Around ``generate`` it covers the prompt that is given to it.
-        domains: router column of each sequence's expert, long [B], -1 for unknown.
-        gates: weights of all experts for each sequence, [B, E] or [1, E]: every layer uses them, and no
-            router is asked. A row per beam is made where there are several.
+        domains: router column of each sequence's expert, long [B], or of each token's, [B, T]; -1 for
+            unknown.
+        gates: weights of all experts for each sequence, [B, E] or [1, E], or for each token, [B, T, E]:
+            every layer uses them, and no router is asked. A row per beam is made where there are several.
     """
     inputs = RoutingInputs(prompt_mask=prompt_mask, domains=domains, gates=gates)
     token = _inputs.set(inputs)

@@ -12,7 +12,7 @@ from torch import nn
 from ..checkpointing import uses_reentrant
 from ..config import MoLoraConfig
 from ..errors import PeftMoeError
-from ..losses import LOSSES
+from ..losses import active_losses
 from ..routers import Router
 
 # A router is small and starts near zero: 300 steps of 1e-4 leave it where it was.
@@ -68,21 +68,31 @@ def check_trainable(model: nn.Module, config: MoLoraConfig) -> None:
 
 
 def check_checkpointing(model: nn.Module, config: MoLoraConfig) -> None:
-    """Auxiliary losses read what a forward pass recorded; reentrant checkpointing records no gradients.
+    """Losses and balancing read what a forward pass recorded; reentrant checkpointing records nothing.
 
     Raises:
         PeftMoeError: with the fix.
     """
-    if active_losses(config) and uses_reentrant(model):
+    names = active_losses(config)
+    if config.router_bias_update_rate:
+        names.append("router_bias_update_rate")
+    if names and uses_reentrant(model):
         raise PeftMoeError(
-            f"{active_losses(config)[0]} would have no effect with "
+            f"{names[0]} would have no effect with "
             "gradient_checkpointing_kwargs={'use_reentrant': True}; set use_reentrant=False"
         )
 
 
-def active_losses(config: MoLoraConfig) -> list[str]:
-    """Config fields of the auxiliary losses whose weight is not zero."""
-    return [name for name in LOSSES if getattr(config, name) > 0]
+def check_teacher(teacher: nn.Module | None, config: MoLoraConfig) -> None:
+    """A teacher is for distillation.
+
+    Raises:
+        PeftMoeError: one was given, and nothing asks for it.
+    """
+    if teacher is not None and not config.distillation_coef:
+        raise PeftMoeError(
+            f"teacher={type(teacher).__name__} has no effect with distillation_coef=0; set it in MoLoraConfig"
+        )
 
 
 def router_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,39 +8,42 @@ accumulation steps exactly where the trainer expects that, and logs loads and en
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..call import IGNORE
-from ..errors import PeftMoeError
-from ..losses import auxiliary_losses
 from ..metrics import routing_summary
+from ..routers import Router
 from ..routing import RoutingRecord, record_routing, routing_inputs
-from .domains import DOMAIN, DOMAIN_INDEX, DomainCollator, check_domains
+from ..sharing import named_routers
+from .distillation import Distiller
+from .domains import DOMAIN_INDEX, OURS, DomainCollator, check_domains, refuse_unlabelled
 from .guards import (
-    active_losses,
     check_checkpointing,
+    check_teacher,
     check_trainable,
     mixture_config,
     restore_router_precision,
     router_weights,
     warn_slow_router,
 )
-
-LOG_NAMES = {
-    "router_aux_loss_coef": "load_balancing_loss",
-    "router_z_loss_coef": "router_z_loss",
-    "router_label_loss_coef": "router_label_loss",
-}
+from .moving import AroundSteps, Movers, RouterState
+from .terms import LOG_NAMES, AuxiliaryTerms
 
 
 class RouterTrainerMixin:
     """Put before a ``transformers.Trainer`` subclass: ``class T(RouterTrainerMixin, SFTTrainer)``.
 
-    The model must carry an active mixture (``peft_config=MoLoraConfig(…)`` or a PeftModel). The loss
-    weights are those of the config: ``router_aux_loss_coef``, ``router_z_loss_coef``,
-    ``router_label_loss_coef``. A ``domain`` column of the dataset names each sample's expert.
+    The model must carry an active mixture (``peft_config=MoLoraConfig(…)`` or a PeftModel). The weights of
+    losses are those of the config, and so is everything else that balances or distils. A ``domain``
+    column of the dataset names each sample's expert.
+
+    Args:
+        model: as for the trainer.
+        teacher: for ``distillation_coef``: a causal language model with the base's tokenizer. Without it
+            each sample's own expert teaches. The other arguments are the trainer's.
 
     Raises:
         PeftMoeError: at construction or at ``train()``: no mixture, nothing to train, something else
@@ -49,22 +52,48 @@ class RouterTrainerMixin:
 
     model: nn.Module
     args: Any
+    accelerator: Any
     data_collator: Any
     train_dataset: Any
 
-    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any = None, *args: Any, teacher: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         before = router_weights(model) if isinstance(model, nn.Module) else {}
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         self.adapter_name, self.mixture = mixture_config(self.model)
         restore_router_precision(self.model, before)
         check_trainable(self.model, self.mixture)
-        check_domains(self.train_dataset, self.mixture, self.args)
+        check_teacher(teacher, self.mixture)
+        self._has_teacher = teacher is not None
+        check_domains(self.train_dataset, self.mixture, self.args, has_teacher=self._has_teacher)
         self.data_collator = DomainCollator(self.data_collator, self.mixture)
+        self._distiller: Distiller | None = None
+        if self.mixture.distillation_coef:
+            if teacher is not None:
+                teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            base = self.model.get_base_model()  # type: ignore[operator]
+            self._distiller = Distiller(base, self.mixture, teacher, self.accelerator.autocast)
+        self._begin()
         self._eval_prefix = "eval"
         self._routing_log: dict[str, dict[str, list[float]]] = {
             "train": defaultdict(list),
             "eval": defaultdict(list),
         }
+
+    def _begin(self) -> None:
+        callbacks: Any = getattr(self, "callback_handler")  # noqa: B009  # the trainer's own, untyped
+        state = next((c for c in callbacks.callbacks if isinstance(c, RouterState)), None)
+        if state is None:
+            state = RouterState()
+            callbacks.add_callback(state)
+            callbacks.add_callback(AroundSteps(self._begin, self._after_step))
+        self._routers: dict[str, Router] = dict(named_routers(self.model, self.adapter_name))
+        self._movers = Movers(self.mixture, self._routers, state.values)
+        self._terms = AuxiliaryTerms(self.mixture, self.adapter_name, state.values)
+
+    def _after_step(self) -> None:
+        self._movers.step()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own ``train``, after a last look at what would train."""
@@ -82,10 +111,10 @@ class RouterTrainerMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        # Without this the trainer drops the column before the collator sees it.
+        # Without this the trainer drops the columns before the collator sees them.
         columns: list[str] | None = getattr(self, "_signature_columns", None)
-        if columns is not None and DOMAIN not in columns:
-            self._signature_columns = [*columns, DOMAIN]
+        if columns is not None:
+            self._signature_columns = [*columns, *(name for name in OURS if name not in columns)]
 
     def compute_loss(
         self,
@@ -94,23 +123,28 @@ class RouterTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The trainer's loss plus the weighted auxiliary losses of this pass."""
+        """The trainer's loss plus the weighted terms of this pass."""
         check_checkpointing(self.model, self.mixture)
-        domains = inputs.pop(DOMAIN_INDEX, None)
+        domains, labels = inputs.pop(DOMAIN_INDEX, None), inputs.get("labels")
         training = self.model.training
-        said = routing_inputs(prompt_mask=self._prompt_mask(inputs), domains=domains)
-        with said, record_routing(with_grad_only=training) as record:
+        if training and domains is None:
+            refuse_unlabelled(self.mixture, self._has_teacher)
+        known = {"prompt_mask": self._prompt_mask(inputs), "domains": domains}
+        lesson = self._distiller.teach(model, inputs, known) if self._distiller else None
+        listening = (
+            self._distiller.listen(with_grad_only=training)
+            if self._distiller and lesson is not None
+            else nullcontext()
+        )
+        with routing_inputs(**known), record_routing(with_grad_only=training) as record, listening:
             result = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        extra = self._weighted_losses(record, training)
-        if extra is None:
-            return result
-        if training:
-            extra = extra / self._accumulation_share(num_items_in_batch)
-        if return_outputs:
-            return (result[0] + extra.to(result[0].device), *result[1:])
-        return result + extra.to(result.device)
+        total = result[0] if return_outputs else result
+        if lesson is not None and labels is not None:
+            total = self._distilled(total, lesson, labels, num_items_in_batch)
+        total = self._with_terms(total, record, num_items_in_batch)
+        return (total, *result[1:]) if return_outputs else total
 
     def _prompt_mask(self, inputs: dict[str, Any]) -> Tensor | None:
         # Losses on full logits (label smoothing, compute_loss_func, metrics) keep the labels from the model,
@@ -122,36 +156,44 @@ class RouterTrainerMixin:
         mask: Tensor = labels == IGNORE
         return mask
 
-    def _weighted_losses(self, record: RoutingRecord, training: bool) -> Tensor | None:
+    def _distilled(self, language: Tensor, lesson: Tensor, labels: Tensor, num_items: Any) -> Tensor:
+        """α·CE + β·T²·KL, the latter divided by the same number of tokens as the former."""
+        assert self._distiller is not None
+        training = self.model.training
+        share = self._accumulation_share(num_items) if training else 1
+        total = self._distiller.loss(lesson, labels)
+        if training and num_items is not None:
+            loss = total / num_items
+            if getattr(self.args, "average_tokens_across_devices", False):
+                loss = loss * self.accelerator.num_processes
+        else:
+            loss = total / max(1, len(lesson)) / share
+        loss = loss.to(language.device)
+        # What the step adds up of micro-batches; the log takes their mean instead.
         log = self._routing_log["train" if training else "eval"]
-        for key, value in routing_summary(
-            record, self.mixture.expert_names, self.mixture.shared_experts
-        ).items():
+        log["distillation_loss"].append(float(loss.detach()) * share)
+        of_language, of_teacher = self._movers.distillation_factors()
+        if training:
+            self._movers.count_losses(language, loss, share, self._steps_of_batch())
+        return of_language * language + self.mixture.distillation_coef * of_teacher * loss
+
+    def _with_terms(self, total: Tensor, record: RoutingRecord, num_items: Any) -> Tensor:
+        training = self.model.training
+        log = self._routing_log["train" if training else "eval"]
+        names, shared = self.mixture.expert_names, self.mixture.shared_experts
+        settings = {name: router.settings for name, router in self._routers.items()}
+        for key, value in routing_summary(record, names, shared, settings).items():
             log[key].append(value)
-        names = active_losses(self.mixture)
-        if record.context is not None and record.context.domains is None:
-            self._refuse_unlabelled(names, training)
-            names = [name for name in names if name != "router_label_loss_coef"]
-        losses = auxiliary_losses(record, names)
-        if names and not losses:
-            raise PeftMoeError(
-                f"{names[0]} is set, but this pass recorded no routing decision; is the adapter "
-                f"{self.adapter_name!r} active and enabled?"
-            )
-        total: Tensor | None = None
-        for name, loss in losses.items():
+        share = self._accumulation_share(num_items) if training else 1
+        for name, loss in self._terms.losses(record, self._routers, self.model).items():
             log[LOG_NAMES[name]].append(float(loss.detach()))
-            weighted = getattr(self.mixture, name) * loss
-            total = weighted if total is None else total + weighted
+            total = total + (self._terms.weight(name) * loss / share).to(total.device)
+        if training:
+            self._movers.count_decisions(record)
         return total
 
-    def _refuse_unlabelled(self, names: list[str], training: bool) -> None:
-        # Held-out data may lack labels; streams show only here that the training data do.
-        if training and "router_label_loss_coef" in names:
-            raise PeftMoeError(
-                f"router_label_loss_coef={self.mixture.router_label_loss_coef} needs a `domain` for each "
-                "sample, and this batch has none; add the column, and keep it in data_collator"
-            )
+    def _steps_of_batch(self) -> int:
+        return int(getattr(self, "current_gradient_accumulation_steps", 1))
 
     def _accumulation_share(self, num_items_in_batch: Any) -> int:
         # What the trainer itself asks before it divides a step's loss by its accumulation steps.
@@ -159,13 +201,16 @@ class RouterTrainerMixin:
         if scaled is None:
             by_tokens = getattr(self, "model_accepts_loss_kwargs", False) and num_items_in_batch is not None
             scaled = by_tokens or getattr(self, "compute_loss_func", None) is not None
-        return int(getattr(self, "current_gradient_accumulation_steps", 1)) if scaled else 1
+        return self._steps_of_batch() if scaled else 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's log, with loads, entropy and auxiliary losses since the last one."""
+        """The trainer's log, with loads, entropy, losses and moving weights since the last one."""
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"
-        for key, values in self._routing_log[mode].items():
-            logs[prefix + key] = sum(values) / len(values)
-        self._routing_log[mode].clear()
+        values = self._routing_log[mode]
+        for key, some in values.items():
+            logs[prefix + key] = sum(some) / len(some)
+        if mode == "train" and values:
+            logs.update(self._movers.report())
+        values.clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
