@@ -93,7 +93,7 @@ def localised_balancing_loss(
         return logits_BTX.sum() * 0.0
     weights_BT = weights_BT * (domains_BT >= 0)
     columns_X = torch.arange(logits_BTX.shape[-1], device=logits_BTX.device)
-    importance_BTX = torch.where(domains_BT[..., None] == columns_X, 1 - delta, 1 + delta)
+    importance_BTX = 1 + delta - 2 * delta * (domains_BT[..., None] == columns_X).to(logits_BTX.dtype)
     scaled_BTX = torch.softmax(logits_BTX, dim=-1) * importance_BTX * weights_BT[..., None]
     counts_B = weights_BT.sum(dim=1)
     loads_BX = (scaled_BTX.sum(dim=1) / counts_B.clamp_min(1)[:, None])[counts_B > 0]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.training import (
     auxiliary_gradients,
-    collate,
+    batches_of,
     joined,
     make_trainer,
     router_values,
@@ -67,13 +67,8 @@ def test_the_trainer_adds_exactly_the_auxiliary_gradient(
     with_losses = trained_gradients(kind, model, data, tmp_path, **settings)
     assert model.get_base_model().is_activation_checkpointing == bool(checkpointing)
 
-    rows = list(data)
     fresh = zoo.mixture("llama", routing, **WEIGHTS).train()
-    batches = []
-    for start in range(0, 4, 4 // accumulation):
-        part = rows[start : start + 4 // accumulation]
-        batch = collate([{k: v for k, v in row.items() if k != "domain"} for row in part])
-        batches.append({**batch, "domain": [row["domain"] for row in part]})
+    batches = batches_of(data, 4 // accumulation)
     column = domain_columns(fresh.peft_config["default"])
     expected = joined(auxiliary_gradients(fresh, batches, WEIGHTS, column))
     found = joined(with_losses) - joined(without)

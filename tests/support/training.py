@@ -22,7 +22,8 @@ from transformers import (
 from trl import SFTConfig
 
 from peft_moe import record_routing, routing_inputs
-from peft_moe.losses import auxiliary_losses
+from peft_moe.losses import auxiliary_losses, loss_options
+from peft_moe.sharing import named_routers
 from peft_moe.training import MoLoraSFTTrainer, RouterTrainerMixin
 
 from .bases import VOCAB
@@ -153,11 +154,23 @@ def auxiliary_gradients(
         call = {key: value for key, value in batch.items() if key != "domain"}
         with routing_inputs(domains=domains), record_routing() as record:
             model(**call)
-        losses = auxiliary_losses(record, list(weights))
+        config = model.peft_config["default"]
+        settings = {name: router.settings for name, router in named_routers(model, "default")}
+        losses = auxiliary_losses(record, list(weights), settings=settings, options=loss_options(config))
         (sum(weights[name] * losses[name] for name in weights) / len(batches)).backward()
     found = gradients(model)
     model.zero_grad()
     return found
+
+
+def batches_of(data: Dataset, size: int) -> list[dict[str, Any]]:
+    """The data in order, in padded batches, with their domains."""
+    rows, batches = list(data), []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        batch = collate([{k: v for k, v in row.items() if k != "domain"} for row in part])
+        batches.append({**batch, "domain": [row["domain"] for row in part]})
+    return batches
 
 
 def joined(values: Gradients) -> Tensor:
