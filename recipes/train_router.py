@@ -8,7 +8,8 @@
 directory saved by `datasets` or a name on the Hub, all with columns prompt + completion, or messages,
 or text. A domain without an expert is generic data: with a null expert the router learns to leave it
 to the base. `mixture` holds fields of MoLoraConfig; `fit: true` first solves the router from the
-prompts (seconds), training then refines it. All other keys are those of SFTConfig and ModelConfig.
+prompts (seconds), training then refines it. `generic_share`, `domain_randomisation` and `switching_share`
+make it robust. All other keys are those of SFTConfig and ModelConfig.
 
 Memory: the base, the experts and one batch of activations; 1.5 GB for the configs here. Held-out losses
 end at or a little above those of each domain's own expert; summary.json says where each domain was sent.
@@ -27,7 +28,7 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 from peft_moe import MoLoraConfig
 from peft_moe.errors import near_matches
 from peft_moe.fitting import fit_router
-from peft_moe.training import MoLoraSFTTrainer
+from peft_moe.training import MoLoraSFTTrainer, robustness
 from peft_moe.training.data import KINDS, load_text_dataset, text_kind
 
 
@@ -41,6 +42,9 @@ class RouterArguments:
     samples_per_domain: int = field(default=500, metadata={"help": "At most; drawn from each file."})
     eval_fraction: float = field(default=0.1, metadata={"help": "Held out of those."})
     fit: bool = field(default=False, metadata={"help": "Solve the router before training it."})
+    generic_share: float | None = field(default=None, metadata={"help": "Share without an expert."})
+    domain_randomisation: float = field(default=0.0, metadata={"help": "Share of labels made wrong."})
+    switching_share: float = field(default=0.0, metadata={"help": "Share of texts of two domains."})
 
 
 def load_data(args: RouterArguments, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
@@ -80,15 +84,18 @@ def by_domain(metrics: dict[str, float], domains: list[str], part: str) -> dict[
 
 
 if __name__ == "__main__":
-    parser = TrlParser((RouterArguments, SFTConfig, ModelConfig))
-    router_args, args, model_args = parser.parse_args_and_config()
+    router_args, args, model_args = TrlParser(
+        (RouterArguments, SFTConfig, ModelConfig)
+    ).parse_args_and_config()
     start = time.time()
     resume: str | None = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
         print(f"Resuming from {resume or 'nothing: there is no checkpoint in ' + args.output_dir}")
     config = mixture_config(router_args, model_args)  # all refusals that need no data come first
+    robustness.check_random_domains(config, router_args.domain_randomisation)
     train, heldout = load_data(router_args, args.seed)
+    train = robustness.with_generic_share(train, router_args.generic_share, config.expert_names, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     if (args.eos_token or tokenizer.eos_token) is None:
         raise ValueError("The tokenizer has no end-of-text token. Name one with `eos_token`.")
@@ -105,12 +112,14 @@ if __name__ == "__main__":
     trainer = MoLoraSFTTrainer(
         model_args.model_name_or_path,
         args=args,
-        train_dataset=train,
+        train_dataset=robustness.with_random_domains(train, router_args.domain_randomisation, args.seed),
         eval_dataset=heldout,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=config,
     )
+    tokenised, share = trainer.train_dataset, router_args.switching_share
+    trainer.train_dataset = robustness.with_switches(tokenised, share, args.seed, args.max_length)
     trainer.model.print_trainable_parameters()
     kept = {"train": len(trainer.train_dataset), **{d: len(s) for d, s in trainer.eval_dataset.items()}}
     print(f"{len(config.expert_names)} experts, {len(heldout)} domains; records that fit: {kept}")
