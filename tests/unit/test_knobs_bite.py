@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
+from support.training import make_trainer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing, routing_inputs
-from peft_moe.losses import LOSSES, auxiliary_losses
+from peft_moe.losses import LOSSES, auxiliary_losses, loss_options
 
 SIZES = {
     "vocab_size": 32,
@@ -39,6 +43,7 @@ PROMPT = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()
 FIXED = {"experts": 3, "target_modules": ["q_proj", "up_proj"], "init_weights": False, "router_init_std": 1.0}
 SHARED = {"router_scope": "model", "router_granularity": "sequence", "router_tap": 2}
 TOP_1 = {"top_k": 1, "norm_topk_prob": False}
+RELU = {"scoring_func": "relu", "norm_topk_prob": False}
 
 
 def mixture(**fields: Any) -> nn.Module:
@@ -86,8 +91,24 @@ def total_loss(**fields: Any) -> Tensor:
     config = model.peft_config["default"]
     with record_routing() as record, routing_inputs(domains=torch.tensor([0, 1])):
         model(input_ids=IDS)
-    values = auxiliary_losses(record, list(LOSSES))
+    values = auxiliary_losses(record, list(LOSSES), options=loss_options(config))
     return torch.stack([getattr(config, name) * value for name, value in values.items()]).sum()
+
+
+def after_steps(**fields: Any) -> Tensor:
+    """What trains, and the balancing biases, after three steps of a real trainer."""
+    ids = torch.arange(1, 25).view(4, 6).tolist()
+    rows = [{"input_ids": row, "labels": row, "domain": f"expert_{i % 3}"} for i, row in enumerate(ids)]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = mixture(**fields)
+        make_trainer("plain", model, Dataset.from_list(rows), Path(folder), max_steps=3).train()
+    biases = [buffer for name, buffer in model.named_buffers() if "balance_bias" in name]
+    return torch.cat([v.detach().flatten() for v in [*_trainable(model), *biases]])
+
+
+def _trainable(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 # Field -> (measure, fields that both sides share, one value, another value).
@@ -130,6 +151,17 @@ BITES: dict[str, Row] = {
     "router_aux_loss_coef": (total_loss, TOP_1, 0.01, 0.1),
     "router_z_loss_coef": (total_loss, {}, 0.01, 0.1),
     "router_label_loss_coef": (total_loss, {}, 0.01, 0.1),
+    # Losses, balancing and distillation.
+    "router_entropy_coef": (total_loss, {}, -0.1, 0.1),
+    "router_lbc_coef": (total_loss, {}, 0.01, 0.1),
+    "router_lbc_delta": (total_loss, {"router_lbc_coef": 1.0}, 0.1, 0.5),
+    "router_l1_coef": (total_loss, RELU, 0.01, 0.1),
+    "router_l1_target": (after_steps, {**RELU, "router_l1_coef": 0.1}, None, 0.9),
+    "router_bias_update_rate": (after_steps, TOP_1, 0.01, 0.1),
+    "expert_orthogonality_coef": (after_steps, {}, 0.0, 1.0),
+    "distillation_coef": (after_steps, {}, 0.0, 1.0),
+    "distillation_temperature": (after_steps, {"distillation_coef": 1.0}, 1.0, 3.0),
+    "distillation_adaptive": (after_steps, {"distillation_coef": 1.0}, False, True),
 }
 # Fields with a test of their own below: they refuse, instead of changing a number.
 REFUSALS = {"bias", "format_version", "allow_base_mismatch"}
