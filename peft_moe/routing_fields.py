@@ -80,7 +80,8 @@ class RoutingFields:
         router_entropy_coef: of the decisions' mean entropy; above 0 sharpens, below 0 flattens.
         router_label_loss_coef: of the cross-entropy with each sample's ``domain``.
         router_lbc_coef: of LoRAMoE's localised balancing constraint.
-        router_lbc_delta: how much more an expert of the sample's own domain may weigh in it.
+        router_lbc_delta: δ of it: an expert of the sample's own domain is to weigh (1+δ)/(1−δ) times
+            what each other one weighs.
         router_l1_coef: of the mean of the gates (ReMoE).
         router_l1_target: share of zero gates to steer towards, by raising and lowering the L1 weight;
             None keeps it.
@@ -89,8 +90,8 @@ class RoutingFields:
         distillation_coef: β of β·T²·KL(teacher ‖ mixture) on completion tokens; the teacher is the one
             that the trainer was given, else each sample's own expert.
         distillation_temperature: T.
-        distillation_adaptive: weigh the language model's loss and the distillation by how much each
-            has still to fall, instead of 1 and β.
+        distillation_adaptive: multiply the language model's loss and the distillation by two factors, 1
+            and 1 at first, that follow how much each has still to fall.
     """
 
     router: str = "linear"

@@ -7,8 +7,8 @@
 `experts` maps names to trained adapters; `train_files` maps a domain's name to a .jsonl file, a
 directory saved by `datasets` or a name on the Hub, all with columns prompt + completion, or messages,
 or text. A domain without an expert is generic data: with a null expert the router learns to leave it
-to the base. `mixture` holds fields of MoLoraConfig; `fit: true` first solves the router from the
-prompts (seconds), training then refines it. `generic_share`, `domain_randomisation` and `switching_share`
+to the base. `mixture` holds fields of MoLoraConfig; `fit: true` solves the router from the prompts
+(seconds) before training refines it; `generic_share`, `domain_randomisation` and `switching_share`
 make it robust. All other keys are those of SFTConfig and ModelConfig.
 
 Memory: the base, the experts and one batch of activations; 1.5 GB for the configs here. Held-out losses
@@ -62,7 +62,7 @@ def load_data(args: RouterArguments, seed: int) -> tuple[Dataset, dict[str, Data
             )
         heldout[domain] = data.select(rows[:count])
         train += rows[count:]
-    return data.select(train), heldout
+    return robustness.with_generic_share(data.select(train), args.generic_share, args.experts, seed), heldout
 
 
 def mixture_config(args: RouterArguments, model_args: ModelConfig) -> MoLoraConfig:
@@ -84,9 +84,8 @@ def by_domain(metrics: dict[str, float], domains: list[str], part: str) -> dict[
 
 
 if __name__ == "__main__":
-    router_args, args, model_args = TrlParser(
-        (RouterArguments, SFTConfig, ModelConfig)
-    ).parse_args_and_config()
+    parser = TrlParser((RouterArguments, SFTConfig, ModelConfig))
+    router_args, args, model_args = parser.parse_args_and_config()
     start = time.time()
     resume: str | None = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):
@@ -95,7 +94,6 @@ if __name__ == "__main__":
     config = mixture_config(router_args, model_args)  # all refusals that need no data come first
     robustness.check_random_domains(config, router_args.domain_randomisation)
     train, heldout = load_data(router_args, args.seed)
-    train = robustness.with_generic_share(train, router_args.generic_share, config.expert_names, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     if (args.eos_token or tokenizer.eos_token) is None:
         raise ValueError("The tokenizer has no end-of-text token. Name one with `eos_token`.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 from datasets import Dataset
@@ -18,7 +18,7 @@ from ..errors import PeftMoeError
 from .domains import DOMAIN, TURN_LENGTHS, needs_domains
 
 
-def with_generic_share(data: Dataset, share: float | None, experts: Sequence[str], seed: int) -> Dataset:
+def with_generic_share(data: Dataset, share: float | None, experts: Collection[str], seed: int) -> Dataset:
     """As many samples as before, of which ``share`` are of domains without an expert (arXiv 2407.01126).
 
     Where a kind has more samples than are wanted, some are left out; where it has fewer, all are repeated
@@ -146,7 +146,8 @@ def _pairs(
     waiting: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         waiting.setdefault(row[DOMAIN], []).append(row)
-    order, pairs = list(waiting), []
+    order = list(waiting)
+    pairs: list[list[dict[str, Any]]] = []
     while len(pairs) < wanted:
         # The largest domain with the next: whatever can be paired, is. Equal ones in a new order each time.
         rng.shuffle(order)

@@ -151,9 +151,34 @@ def test_fit_chats_and_text(
     assert len(router_of(folder, "text")) == 2 * 7 * 3  # weight and bias, seven linear layers, three blocks
 
 
+def test_robustness_options_shape_the_training_data(
+    zoo: Zoo, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """72 samples: half generic, a third of all records are pairs; held-out data stay as they were."""
+    options = {"generic_share": 0.5, "domain_randomisation": 0.25, "switching_share": 1 / 3}
+    plain = {"generic_share": None, "domain_randomisation": 0.0, "switching_share": 0.0}
+    run_here(monkeypatch, write_config(zoo, folder, "plain", **plain))
+    run_here(monkeypatch, write_config(zoo, folder, "robust", **options))
+    printed = capsys.readouterr().out
+    heldout = dict.fromkeys(DOMAINS, 2)
+    assert f"records that fit: { {'train': 72, **heldout} }" in printed
+    assert f"records that fit: { {'train': 54, **heldout} }" in printed  # 18 pairs, 36 alone
+    before = [summary_of(folder, name)["heldout_loss_before"] for name in ("plain", "robust")]
+    assert before[0] == before[1]
+    one, other = (router_of(folder, name) for name in ("plain", "robust"))
+    assert any(not torch.equal(other[name], value) for name, value in one.items())
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
+        ("pairs", {"generic_share": 1.5}, r"generic_share=1\.5 must be a share"),
+        (
+            "pairs",
+            {"domain_randomisation": 0.1, "mixture": {"router": "context"}},
+            "has no effect: nothing reads",
+        ),
+        ("pairs", {"switching_share": 0.5, "max_length": 18}, "lower the share, or raise max_length"),
         ("pairs", {"mixture": {"rooter": "context"}}, r"'rooter' is no field of MoLoraConfig\. Did you mean"),
         ("pairs", {"mixture": {"experts": 3}}, "'experts' is no field"),
         ("pairs", {"lora_r": 64}, "lora_r has no effect: the experts are trained already"),

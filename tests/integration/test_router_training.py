@@ -169,6 +169,20 @@ def test_the_logged_loss_is_the_sum_of_its_logged_parts(zoo: Zoo, tmp_path: Path
     assert 0 < logs[1]["router_entropy"] < 1
 
 
+def test_labels_and_loads_with_an_expert_that_is_always_on(zoo: Zoo, tmp_path: Path) -> None:
+    """It has no column: samples of its domain belong to no routed expert, hence to the null expert."""
+    fields = {"shared_experts": ["narrow"], "null_expert": True, **LABELS}
+    model = zoo.mixture("llama", "dense", **fields)
+    trainer = make_trainer("sft", model, raw(8), tmp_path, max_steps=30, learning_rate=3e-2)
+    collated = trainer.data_collator([{"input_ids": [3], "labels": [3], "domain": d} for d in DOMAINS])
+    assert collated["domain_index"].tolist() == [0, 2, 1, 2]  # wide, narrow, upper, weather
+    trainer.train()
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    assert logs[-1]["router_label_loss"] < 0.8 * logs[0]["router_label_loss"]
+    assert logs[-1]["load/narrow"] == 1
+    assert sum(logs[-1][f"load/{n}"] for n in ("wide", "upper", "null")) == pytest.approx(1, abs=1e-5)
+
+
 def test_from_a_path_with_a_config(zoo: Zoo, tmp_path: Path) -> None:
     base = tmp_path / "base"
     zoo.base("llama").save_pretrained(base)

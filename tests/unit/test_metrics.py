@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peft_moe.metrics import expert_load, routing_entropy, routing_summary
+from peft_moe.routers import RouterSettings, select
 from peft_moe.routing import Routing, RoutingContext, RoutingRecord
 
 REAL = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
@@ -60,6 +61,32 @@ def test_summary_is_the_mean_over_routers_and_shows_the_null_expert():
     assert found["load/code"] == pytest.approx((0.5 / 3 + 0.5) / 2)
     assert found["load/null"] == pytest.approx(1 - found["load/math"] - found["load/code"])
     assert found["router_entropy"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 2, "norm_topk_prob": False},
+        {"scoring_func": "sigmoid", "norm_topk_prob": False},
+        {"scoring_func": "sigmoid", "scaling_factor": 2.5},
+        {"top_k": 1, "straight_through": True},
+    ],
+)
+def test_load_of_the_null_expert_is_its_own_weight(fields):
+    """Not what the others leave of 1, which holds for normalised weights without a factor only."""
+    logits = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    settings = RouterSettings("linear", num_experts=3, shared=(1,), null_expert=True, **fields)
+    # The same scores with a real expert in the null expert's place show what its gate would be.
+    shown = select(logits, RouterSettings("linear", num_experts=3, **fields)).gates / settings.scaling_factor
+    record = RoutingRecord({"a": select(logits, settings)}, CONTEXT)
+    found = routing_summary(record, ["math", "all", "code"], ["all"], {"a": settings})
+    assert found["load/all"] == 1
+    assert found["load/null"] == pytest.approx(shown[..., 2][REAL].mean().item())
+    for column, name in enumerate(("math", "code")):
+        wanted = shown[..., column][REAL].mean().item() * settings.scaling_factor
+        assert found[f"load/{name}"] == pytest.approx(wanted)
 
 
 def test_summary_without_null_expert_does_not_name_one():
