@@ -96,6 +96,8 @@ class MoLoraModel(BaseTuner):
         scope = str(peft_config.router_scope)
         settings = depth.settings(current_key)
         router = Router(settings, layer.in_features) if scope == "module" else None
+        if router is not None:
+            router.scorer.expect_experts(rank_map.ranks)
         layer.add_mixture(
             adapter_name,
             A_RI,

@@ -1,4 +1,4 @@
-"""``fit_router``: a router from labelled prompts, in seconds and without a backward pass.
+"""``fit_router``: a mixture's routers from labelled prompts, in seconds and (mostly) without a backward pass.
 
 Letters: I in, M samples, X experts plus the null expert.
 """
@@ -6,23 +6,27 @@ Letters: I in, M samples, X experts plus the null expert.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import MoLoraConfig
-from ..domains import UNKNOWN, domain_columns
 from ..errors import PeftMoeError, near_matches
-from ..model_router import ModelRouter
-from ..routers import Router
-from ..routers.learned import LinearScorer
-from ..sharing import MODEL_SEAT
-from .features import PromptRow, count_labels, prompt_of, stream_features
+from ..layer import MoLoraLayer
+from ..routers import PRESETS, Router
+from ..sharing import named_routers
+from .inputs import INPUTS, InputReader
+from .phatgoose import train_vectors
+from .samples import Prompts, Row, described_rows, labelled_rows
+from .solve import FILLS, REGULARISATION, SOLVERS
+from .stream import Plan, fit_streamed
 
-METHODS = ("logistic",)
+METHODS = (*SOLVERS, "phatgoose", "arrow")
+# Rows per router that the reported accuracy is measured on, where the method itself keeps none.
+_MEASURED = 512
 
 
 @dataclass
@@ -31,72 +35,126 @@ class FitReport:
 
     Attributes:
         method: how it was fitted.
-        samples: rows that were fitted: prompts, or tokens for a router that decides per token.
-        per_column: prompts per expert, by name ("null" for the null expert).
-        training_accuracy: share of the rows that the fitted router sends where their label says.
+        samples: rows that one router was fitted on: prompts, or tokens for one that decides per token.
+        per_column: texts per expert, by name ("null" for the null expert).
+        training_accuracy: share of rows that the fitted routers send where their label says, the mean over
+            routers; of the rows that were kept, where there were more.
+        kept: rows per router that were kept; all of them unless ``max_rows`` is smaller.
+        accuracies: the same share for each router, by name.
+        passes: how often the texts were read.
+        losses: of "phatgoose", each expert's first and last loss.
     """
 
     method: str
     samples: int
     per_column: dict[str, int]
     training_accuracy: float
+    kept: int = 0
+    accuracies: dict[str, float] = field(default_factory=dict)
+    passes: int = 0
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def fit_router(
     model: nn.Module,
-    data: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+    data: Iterable[Mapping[str, Any]] = (),
+    tokenizer: Any = None,
     *,
-    method: str = "logistic",
-    regularisation: float = 1.0,
+    method: str | None = None,
+    prompts: Prompts | None = None,
+    regularisation: float | None = None,
+    inputs: str = "base",
     batch_size: int = 32,
+    max_rows: int = 20_000,
+    max_gigabytes: float = 4.0,
+    steps: int = 100,
+    learning_rate: float = 5e-3,
+    seed: int = 0,
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> FitReport:
-    """Fit the router of a mixture on prompts with known experts; it can be trained further afterwards.
+    """Fit a mixture's routers on texts with known experts; they can be trained further afterwards.
 
-    The hidden states at the tap are read once, the base running no further than that. "logistic" is
-    multinomial logistic regression (scikit-learn) on standardised features, folded into the router's
-    own weight and bias.
+    Each router is fitted on what it reads itself, in whatever scope: a hidden state per prompt, or one per
+    token of prompt and completion. The texts are read once (or once per group of routers), and only sums
+    over them are kept, except for a sample of ``max_rows`` rows for "logistic".
+
+    - "logistic": multinomial logistic regression (scikit-learn) on standardised features; linear routers.
+    - "ridge": least squares on one-hot labels (DUME, arXiv 2603.29765); linear routers.
+    - "centroid": each expert's mean input (mergekit); routers "centroid", "linear", "phatgoose".
+    - "phatgoose": a gate per expert, trained on it alone with the language model's loss (arXiv
+      2402.05859); routers "phatgoose". The only method with gradients.
+    - "arrow": no texts; routers made from the experts' weights read them again, after these were trained.
 
     Args:
-        model: a PeftModel whose active adapter has a linear router of scope "model".
-        data: samples with ``prompt`` (text or chat messages) or ``messages``, and ``domain``: an
-            expert's name; any other name means "none of them" and needs ``null_expert=True``.
+        model: a PeftModel with a mixture.
+        data: samples with ``prompt`` (text or chat messages), ``messages``, or ``text`` (for routers that
+            decide per token), and ``domain``: an expert's name; any other name means "none of them" and
+            needs ``null_expert=True``. A ``completion`` is read by routers that decide per token.
         tokenizer: of the base; its padding is excluded.
-        method: "logistic".
-        regularisation: weight of the L2 penalty; larger is smoother.
-        batch_size: prompts per pass.
+        method: one of the above; default: the preset's own, else "logistic".
+        prompts: for "centroid", instead of data: ``{"math": {"positive": [...], "negative": [...]}}``.
+        regularisation: weight of the L2 penalty, larger is smoother. Default 1 for "logistic"; 0.01 for
+            "ridge", of the features' mean variance.
+        inputs: of routers per module or block, what the layers below do: "base" (no expert adds
+            anything) or "own" (each text's own expert does, as behind routers that are always right).
+        batch_size: texts per pass.
+        max_rows: rows per router that "logistic" keeps, drawn at random.
+        max_gigabytes: what sums and kept rows of the routers that are read in one pass may take; with
+            many large modules the texts are read several times. A single router may exceed it.
+        steps, learning_rate: of "phatgoose", per expert.
+        seed: of everything drawn.
         adapter_name: which mixture; default: the active one.
-        progress: whether to show a bar.
+        progress: whether to show bars.
 
     Raises:
-        PeftMoeError: the model carries no mixture, its router is of another kind, a sample lacks its
-            prompt or domain, or an expert has no sample.
+        PeftMoeError: the model carries no mixture, its router is of a kind that the method cannot fill, a
+            sample lacks its prompt or domain, or an expert has no sample.
     """
+    adapter, config = _mixture(model, adapter_name)
+    method = method or (PRESETS[config.router].fit if config.router in PRESETS else None) or "logistic"
     if method not in METHODS:
         raise PeftMoeError(f"method={method!r} is not known.{near_matches(method, METHODS)}")
-    adapter, config = _mixture(model, adapter_name)
+    if inputs not in INPUTS:
+        raise PeftMoeError(f"inputs={inputs!r} is not known.{near_matches(inputs, INPUTS)}")
     inner: nn.Module = model.get_base_model()  # type: ignore[operator]
-    seat: ModelRouter = getattr(inner, MODEL_SEAT)
-    scorer = _linear_scorer(seat, adapter, config)
-    rows = _labelled(data, config)
-    counts = count_labels(rows, len(config.routed_names) + bool(config.null_expert))
-    _check_counts(counts, config)
-    features_MI, labels_M = stream_features(
-        inner, seat, adapter, rows, tokenizer, batch_size=batch_size, progress=progress
+    routers = dict(named_routers(inner, adapter))
+    if method == "arrow":
+        return _read_experts(inner, adapter, config)
+    _check_routers(routers, method, config)
+    _check_runs(model, adapter, config, method)
+    columns = next(iter(routers.values())).settings.num_columns
+    rows, counts = _rows(data, prompts, config, tokenizer, method, columns)
+    plan = Plan(
+        labels=columns * (2 if prompts is not None else 1),
+        gram=method == "ridge",
+        keep=max_rows if method == "logistic" else min(max_rows, _MEASURED),
+        seed=seed,
+        limit=int(max_gigabytes * 1e9),
+        batch_size=batch_size,
+        progress=progress,
     )
-    weight_XI, bias_X = _logistic(features_MI, labels_M, regularisation)
+    losses = {}
+    if method == "phatgoose":
+        losses = train_vectors(
+            inner, config, routers, rows, plan, steps=steps, learning_rate=learning_rate
+        )
+    strength = REGULARISATION.get(method, 0.0) if regularisation is None else regularisation
+    reader = InputReader(inner, adapter, config, inputs)
+    fitted = fit_streamed(reader, routers, rows, plan, SOLVERS.get(method), strength)
     with torch.no_grad():
-        scorer.weight.copy_(weight_XI)
-        scorer.bias.copy_(bias_X)
-    chosen_M = (features_MI @ weight_XI.T + bias_X).argmax(-1)
-    names = [*config.routed_names, "null"]
+        for name, router in routers.items():
+            for key, value in fitted.values[name].items():
+                router.scorer.get_parameter(key).copy_(value)
     return FitReport(
         method=method,
-        samples=len(labels_M),
-        per_column=dict(zip(names, counts, strict=False)),
-        training_accuracy=float((chosen_M == labels_M).float().mean()),
+        samples=fitted.samples,
+        per_column=counts,
+        training_accuracy=sum(fitted.accuracies.values()) / len(routers),
+        kept=fitted.kept,
+        accuracies=fitted.accuracies,
+        passes=fitted.passes,
+        losses=losses,
     )
 
 
@@ -113,58 +171,75 @@ def _mixture(model: nn.Module, adapter_name: str | None) -> tuple[str, MoLoraCon
     )
 
 
-def _linear_scorer(seat: ModelRouter, adapter: str, config: MoLoraConfig) -> LinearScorer:
-    routers: dict[str, Router] = dict(seat.molora_router.items())  # type: ignore[arg-type]
-    router = routers.get(adapter)
-    if router is None or not isinstance(router.scorer, LinearScorer) or not router.trainable:
+def _check_routers(routers: Mapping[str, Router], method: str, config: MoLoraConfig) -> None:
+    scorers = [router.scorer for router in routers.values()]
+    if not scorers or not all(isinstance(s, FILLS[method]) and s.trainable for s in scorers):
+        fits = {name for name, kinds in FILLS.items() if issubclass(config.scorer, kinds)}
+        other = f"; it can be fitted by {sorted(fits)}" if fits and config.scorer.trainable else ""
+        kinds = " or ".join(kind.__name__.removesuffix("Scorer").lower() for kind in FILLS[method])
         raise PeftMoeError(
-            f"method='logistic' fits a linear router of scope 'model'; this one is router={config.router!r} "
-            f"with router_scope={config.router_scope!r}. Use router='context'"
+            f"method={method!r} fits a {kinds} router; this one is router={config.router!r}{other}. Use a "
+            f"preset that {method!r} fits, or another method"
         )
-    if router.settings.num_columns == 1:
+    if scorers[0].settings.num_columns == 1:
         raise PeftMoeError("one expert and no null expert: there is nothing to choose, hence nothing to fit")
-    return router.scorer
 
 
-def _labelled(data: Iterable[Mapping[str, Any]], config: MoLoraConfig) -> list[PromptRow]:
-    column_of = domain_columns(config)
-    rows = []
-    for number, sample in enumerate(data):
-        domain = sample.get("domain")
-        column = column_of(domain)
-        if domain is None:
-            raise PeftMoeError(f"sample {number} has no `domain` to name its expert, only {sorted(sample)}")
-        if column == UNKNOWN:
-            raise PeftMoeError(
-                f"domain={domain!r} is no expert.{near_matches(str(domain), config.expert_names)} "
-                "Set null_expert=True to let it mean none of them"
-            )
-        rows.append((prompt_of(sample, whole_text=config.router_granularity == "token"), column))
-    return rows
+def _check_runs(model: nn.Module, adapter: str, config: MoLoraConfig, method: str) -> None:
+    # A probe asks the bare base; everything else runs the mixture itself.
+    probes = config.router_scope == "model" and config.router_below_tap != "prompt"
+    inner: nn.Module = model.get_base_model()  # type: ignore[operator]
+    active: list[str] = model.active_adapters  # type: ignore[assignment]
+    if active != [adapter] and not (probes and method != "phatgoose"):
+        raise PeftMoeError(
+            f"adapter {adapter!r} is to be fitted, and the active ones are {active}; call "
+            f"set_adapter({adapter!r}) first"
+        )
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise PeftMoeError(
+            f"{type(inner).__name__} is an encoder-decoder, whose layers see different texts; fit_router "
+            "serves decoders and encoders"
+        )
 
 
-def _check_counts(counts: list[int], config: MoLoraConfig) -> None:
-    names = [*config.routed_names, "null"]
-    missing = [name for name, count in zip(names, counts, strict=False) if count == 0]
-    if missing:
+def _rows(
+    data: Iterable[Mapping[str, Any]],
+    prompts: Prompts | None,
+    config: MoLoraConfig,
+    tokenizer: Any,
+    method: str,
+    columns: int,
+) -> tuple[list[Row], dict[str, int]]:
+    if tokenizer is None:
+        raise PeftMoeError(f"method={method!r} reads texts; give the base's tokenizer as third argument")
+    if prompts is not None and method != "centroid":
+        raise PeftMoeError(f"prompts describe experts for method='centroid', not for {method!r}; give data")
+    if prompts is None:
+        whole = method == "phatgoose" or config.router_granularity == "token"
+        rows = labelled_rows(data, config, tokenizer, whole=whole)
+    else:
+        rows = described_rows(prompts, config, tokenizer, columns)
+    counts = [sum(row.label == column for row in rows) for column in range(columns)]
+    names = [*config.routed_names, "null"][:columns]
+    missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if missing and not (method == "phatgoose" and missing == ["null"]):
         raise PeftMoeError(
             f"no sample for {missing}: a fit needs prompts of every expert"
             + (", and of no expert (any other domain) for the null expert" if "null" in missing else "")
             + "; add some, or leave the expert out"
         )
+    return rows, dict(zip(names, counts, strict=True))
 
 
-def _logistic(features_MI: Tensor, labels_M: Tensor, regularisation: float) -> tuple[Tensor, Tensor]:
-    from sklearn.linear_model import LogisticRegression
-
-    mean_I, std_I = features_MI.mean(0), features_MI.std(0)
-    # A feature that hardly varies here must not get a huge weight, since it may vary elsewhere.
-    std_I = torch.where(std_I > 1e-4 * std_I.max(), std_I, torch.inf)
-    model = LogisticRegression(C=1.0 / regularisation, max_iter=1000)
-    model.fit(((features_MI - mean_I) / std_I).numpy(), labels_M.numpy())
-    weight_XI = torch.from_numpy(model.coef_).float()
-    bias_X = torch.from_numpy(model.intercept_).float()
-    if len(weight_XI) == 1:  # two classes: scikit-learn keeps the difference of their scores
-        weight_XI, bias_X = torch.cat([-weight_XI, weight_XI]) / 2, torch.cat([-bias_X, bias_X]) / 2
-    weight_XI = weight_XI / std_I
-    return weight_XI, bias_X - weight_XI @ mean_I
+def _read_experts(inner: nn.Module, adapter: str, config: MoLoraConfig) -> FitReport:
+    if not config.scorer.reads_experts:
+        raise PeftMoeError(
+            f"method='arrow' fills routers that are made from the experts' weights; router={config.router!r} "
+            "is not, use router='arrow' or 'spectr'"
+        )
+    for layer in inner.modules():
+        if isinstance(layer, MoLoraLayer) and adapter in layer.molora_router:
+            router: Router = layer.molora_router[adapter]  # type: ignore[assignment]
+            A, B, ranks = layer.molora_A[adapter], layer.molora_B[adapter], layer.rank_maps[adapter]
+            router.scorer.read_experts(A.weight, B.weight, ranks.ranks, ranks.scaling)  # type: ignore[arg-type]
+    return FitReport("arrow", 0, {}, float("nan"))

@@ -3,13 +3,14 @@
 from . import called as _called  # these register the built-in scorers
 from . import constant as _constant
 from . import learned as _learned
+from . import prototypes as _prototypes
 from .base import Router
 from .presets import PRESETS, Preset
 from .registry import Scorer, available_scorers, register_router, scorer_class
 from .selectors import SCORING_FUNCS, select
 from .settings import RouterSettings
 
-del _called, _constant, _learned
+del _called, _constant, _learned, _prototypes
 
 __all__ = [
     "PRESETS",

@@ -174,6 +174,14 @@ PRESETS: dict[str, Preset] = {
         {"scorer": "poly", "scoring_func": "sigmoid"},
     ),
     "oracle": Preset("the expert of the known domain, alone", "2202.13914", LABELS, {"scorer": "oracle"}),
+    "arrow": Preset(
+        "the experts that amplify the token most in one direction", "2405.11157", WEIGHTS, {"scorer": "arrow"}
+    ),
+    "spectr": Preset(
+        "the experts that would move the token most", "2504.03454", WEIGHTS, {"scorer": "spectr"}
+    ),
+    "centroid": Preset("likeness with each expert's prompts", "mergekit", PROMPTS, {"scorer": "centroid"}, fit="centroid"),
+    "phatgoose": Preset("v", "2402.05859", TEXT, {"scorer": "phatgoose", "top_k": 2}, fit="phatgoose"),
     "classifier": Preset(
         "logistic regression on the prompt's mean hidden state chooses one expert",
         "2407.19610",

@@ -64,6 +64,15 @@ class Scorer(nn.Module):
         scores: Tensor = self(x)
         return scores
 
+    def expect_experts(self, ranks: tuple[int, ...]) -> None:
+        """Make room for what :meth:`read_experts` keeps, where its size depends on the experts.
+
+        Comes before it, and before weights are loaded.
+
+        Args:
+            ranks: r_e of every expert in the scorer's layer.
+        """
+
     def read_experts(
         self, A_RI: Tensor, B_RO: Tensor, ranks: tuple[int, ...], scaling: tuple[float, ...]
     ) -> None:

@@ -1,0 +1,149 @@
+"""PHATGOOSE: a gate per expert, trained on that expert alone, on its own samples (arXiv 2402.05859).
+
+Letters: B batch, T sequence, I in, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..call import IGNORE
+from ..config import MoLoraConfig
+from ..errors import PeftMoeError
+from ..routers import Router
+from ..routers.pooling import spread_turns
+from ..routing import Routing, RoutingContext, routing_inputs
+from .samples import Row, batches
+from .stream import Plan
+
+_WARM_UP = 0.06  # of the steps, as in the paper's code
+
+
+def train_vectors(
+    model: nn.Module,
+    config: MoLoraConfig,
+    routers: Mapping[str, Router],
+    rows: Sequence[Row],
+    plan: Plan,
+    *,
+    steps: int,
+    learning_rate: float,
+) -> dict[str, tuple[float, float]]:
+    """Train v of every expert as the gate σ(v·x) on it, by the language model's loss; nothing else moves.
+
+    Args:
+        model: the model that carries the mixture.
+        config: the mixture's.
+        routers: all of its routers, by name; their scorers hold the vectors.
+        rows: prompts with completions; the loss is on completions, or on all of a text without one.
+        plan: batch size, seed, bar.
+        steps: optimizer steps per expert.
+        learning_rate: of AdamW without decay, constant after a short warm-up.
+
+    Returns:
+        Each expert's mean loss in the first and in the last tenth of its steps.
+    """
+    losses = {}
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    was_training = model.training
+    model.eval().requires_grad_(False)
+    try:
+        with tqdm(total=steps * len(config.routed_names), desc="Training gates", disable=not plan.progress) as bar:
+            for column, expert in enumerate(config.routed_names):
+                own = [row for row in rows if row.label == column]
+                gates = _Gates(routers, column, config.expert_names.index(expert))
+                history = []
+                for loss in _steps(model, gates, own, plan, steps, learning_rate):
+                    history.append(loss)
+                    bar.update()
+                    bar.set_postfix(expert=expert, loss=f"{loss:.3f}")
+                gates.store()
+                tenth = max(1, steps // 10)
+                losses[expert] = (float(np.mean(history[:tenth])), float(np.mean(history[-tenth:])))
+    finally:
+        model.train(was_training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+    return losses
+
+
+class _Gates:
+    """The vectors of one expert, one per router, starting at zero: half of the expert."""
+
+    def __init__(self, routers: Mapping[str, Router], column: int, expert: int) -> None:
+        self.routers, self.column, self.expert = list(routers.values()), column, expert
+        self.vectors = []
+        for router in self.routers:
+            weight = router.scorer.get_parameter("weight")
+            self.vectors.append(torch.zeros_like(weight[column]).requires_grad_())
+
+    def store(self) -> None:
+        """Write them into the scorers."""
+        with torch.no_grad():
+            for router, vector_I in zip(self.routers, self.vectors, strict=True):
+                router.scorer.get_parameter("weight")[self.column] = vector_I
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Every router answers σ(v·x) for the expert and nothing for the others."""
+        handles = [
+            router.register_forward_hook(partial(self._decide, vector_I), with_kwargs=True)
+            for router, vector_I in zip(self.routers, self.vectors, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _decide(
+        self, vector_I: Tensor, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], output: Routing
+    ) -> Routing:
+        context: RoutingContext | None = args[1] if len(args) > 1 else kwargs.get("context")
+        pool = bool(kwargs.get("pool")) or router.pools
+        with torch.autocast(device_type=args[0].device.type, enabled=False):
+            features_BTI = router.features(args[0], context, pool=pool)
+            gate_BT = torch.sigmoid(features_BTI @ vector_I.to(features_BTI.dtype))
+        shared = [index == self.expert for index in range(router.settings.num_experts)]
+        own_E = torch.tensor(shared, device=gate_BT.device).to(gate_BT.dtype)
+        on_E = own_E.new_zeros(own_E.shape).index_fill(
+            0, torch.tensor(router.settings.shared, dtype=torch.long, device=gate_BT.device), 1.0
+        )
+        routing = Routing(gates=gate_BT[..., None] * own_E + on_E)
+        return spread_turns(routing, context) if pool and context is not None else routing
+
+
+def _steps(
+    model: nn.Module, gates: _Gates, rows: list[Row], plan: Plan, steps: int, learning_rate: float
+) -> Iterator[float]:
+    optimizer = torch.optim.AdamW(gates.vectors, lr=learning_rate, weight_decay=0.0)
+    warm_up = max(1, int(_WARM_UP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm_up))
+    draw = np.random.default_rng(plan.seed)
+    device = next(model.parameters()).device
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < plan.batch_size:
+            order += draw.permutation(len(rows)).tolist()
+        chosen, order = order[: plan.batch_size], order[plan.batch_size :]
+        batch = next(batches([rows[index] for index in chosen], plan.batch_size)).to(device)
+        whole_B = (batch.prompt | (batch.call["attention_mask"] == 0)).all(-1)
+        ignored_BT = (batch.call["attention_mask"] == 0) | (batch.prompt & ~whole_B[:, None])
+        labels_BT = batch.call["input_ids"].masked_fill(ignored_BT, IGNORE)
+        with gates.deciding(), routing_inputs(prompt_mask=batch.prompt), torch.enable_grad():
+            loss: Tensor = model(**batch.call, labels=labels_BT).loss
+        if not torch.isfinite(loss):
+            raise PeftMoeError(f"the loss became {float(loss)}; lower learning_rate={learning_rate}")
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield float(loss.detach())

@@ -1,0 +1,171 @@
+"""From labelled samples to token rows that a router may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..config import MoLoraConfig
+from ..domains import UNKNOWN, domain_columns
+from ..errors import PeftMoeError, near_matches
+
+Prompts = Mapping[str, Mapping[str, Sequence[Any]]]
+SIDES = ("positive", "negative")
+
+
+@dataclass
+class Row:
+    """One text to fit on.
+
+    Attributes:
+        ids: its tokens.
+        label: the router's column of its expert; X + column for an example of what is not its expert's.
+        prompt: how many of its tokens are prompt.
+    """
+
+    ids: list[int]
+    label: int
+    prompt: int
+
+
+@dataclass
+class Batch:
+    """Rows padded to one length, always on the right.
+
+    Attributes:
+        call: ``input_ids`` and ``attention_mask``, [B, T].
+        prompt: True at prompt tokens, bool [B, T].
+        labels: of the rows, long [B].
+    """
+
+    call: dict[str, Tensor]
+    prompt: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        call = {name: value.to(device) for name, value in self.call.items()}
+        return Batch(call, self.prompt.to(device), self.labels.to(device))
+
+
+def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+    """Rows of similar length together, on the right whatever the tokenizer prefers.
+
+    Positions then count from 0 in every base; the mask hides the padding, hence any id will do, and a
+    tokenizer without a pad token too.
+    """
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    for start in range(0, len(order), batch_size):
+        chosen = [rows[index] for index in order[start : start + batch_size]]
+        ids = [torch.tensor(row.ids) for row in chosen]
+        prompts = [torch.arange(len(row.ids)) < row.prompt for row in chosen]
+        call = {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+        prompt = pad_sequence(prompts, batch_first=True)
+        yield Batch(call, prompt, torch.tensor([row.label for row in chosen]))
+
+
+def labelled_rows(
+    data: Iterable[Mapping[str, Any]], config: MoLoraConfig, tokenizer: Any, *, whole: bool
+) -> list[Row]:
+    """Samples with their router's column.
+
+    Args:
+        data: samples with ``prompt``, ``messages`` or ``text``, and ``domain``.
+        config: the mixture's.
+        tokenizer: of the base.
+        whole: whether completions are read, too; otherwise a row ends where its prompt does.
+
+    Raises:
+        PeftMoeError: a sample lacks its prompt or domain, or its domain is none of the mixture's.
+    """
+    column_of = domain_columns(config)
+    rows = []
+    for number, sample in enumerate(data):
+        domain = sample.get("domain")
+        column = column_of(domain)
+        if domain is None:
+            raise PeftMoeError(f"sample {number} has no `domain` to name its expert, only {sorted(sample)}")
+        if column == UNKNOWN:
+            raise PeftMoeError(
+                f"domain={domain!r} is no expert.{near_matches(str(domain), config.expert_names)} "
+                "Set null_expert=True to let it mean none of them"
+            )
+        rows.append(sample_row(sample, column, tokenizer, whole=whole))
+    return rows
+
+
+def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, columns: int) -> list[Row]:
+    """Examples per expert: ``{"math": {"positive": [...], "negative": [...]}}``; "negative" may be absent.
+
+    Any name that is no expert's describes the null expert.
+
+    Raises:
+        PeftMoeError: unknown names, or an expert without positive examples.
+    """
+    column_of = domain_columns(config)
+    rows = []
+    for name, sides in prompts.items():
+        column = column_of(name)
+        if column == UNKNOWN:
+            raise PeftMoeError(
+                f"prompts: {name!r} is no expert.{near_matches(name, config.routed_names)} Set "
+                "null_expert=True to let it mean none of them"
+            )
+        for side, examples in sides.items():
+            if side not in SIDES:
+                raise PeftMoeError(f"prompts[{name!r}]: {side!r} is not known.{near_matches(side, SIDES)}")
+            if isinstance(examples, str):
+                raise PeftMoeError(f"prompts[{name!r}][{side!r}] is one text; give a list of prompts")
+            label = column + columns * SIDES.index(side)
+            rows += [sample_row({"prompt": one}, label, tokenizer, whole=False) for one in examples]
+    return rows
+
+
+def sample_row(sample: Mapping[str, Any], label: int, tokenizer: Any, *, whole: bool) -> Row:
+    """One sample's tokens.
+
+    Raises:
+        PeftMoeError: it has no prompt, or one without tokens.
+    """
+    prompt, answer = _parts(sample, whole)
+    ids = _ids(prompt, tokenizer, opens_answer=True)
+    if not whole or answer is None:
+        return Row(ids, label, len(ids))
+    both = _ids(prompt + answer, tokenizer, opens_answer=False)
+    # A token that straddles the border began in the prompt, but no router sees it there at inference.
+    same = next((n for n, (a, b) in enumerate(zip(ids, both, strict=False)) if a != b), len(ids))
+    return Row(both, label, min(same, len(both)))
+
+
+def _parts(sample: Mapping[str, Any], whole: bool) -> tuple[Any, Any]:
+    """Prompt and answer: texts or lists of messages; no answer where there is none."""
+    if "prompt" in sample:
+        return sample["prompt"], sample.get("completion")
+    if sample.get("messages"):
+        *before, last = sample["messages"]
+        return (before, [last]) if last["role"] == "assistant" else (sample["messages"], None)
+    if whole and "text" in sample:
+        return sample["text"], None
+    raise PeftMoeError(
+        f"a sample with {sorted(sample)} has no prompt to fit on; give it a `prompt` or `messages` (a router "
+        "with router_granularity='token' also reads a `text`)"
+    )
+
+
+def _ids(text: Any, tokenizer: Any, *, opens_answer: bool) -> list[int]:
+    if isinstance(text, str):
+        ids: list[int] = tokenizer(text)["input_ids"]
+    else:
+        chat = {"add_generation_prompt": opens_answer, "tokenize": True, "return_dict": True}
+        ids = tokenizer.apply_chat_template(text, **chat)["input_ids"]
+    if not ids:
+        raise PeftMoeError(f"prompt={text!r:.80} has no token to fit on; drop the sample")
+    return ids
