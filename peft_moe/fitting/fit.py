@@ -63,7 +63,7 @@ def fit_router(
     method: str | None = None,
     prompts: Prompts | None = None,
     regularisation: float | None = None,
-    inputs: str = "base",
+    inputs: str = "own",
     batch_size: int = 32,
     max_rows: int = 20_000,
     max_gigabytes: float = 4.0,
@@ -96,8 +96,9 @@ def fit_router(
         prompts: for "centroid", instead of data: ``{"math": {"positive": [...], "negative": [...]}}``.
         regularisation: weight of the L2 penalty, larger is smoother. Default 1 for "logistic"; 0.01 for
             "ridge", of the features' mean variance.
-        inputs: of routers per module or block, what the layers below do: "base" (no expert adds
-            anything) or "own" (each text's own expert does, as behind routers that are always right).
+        inputs: of routers per module or block, what the layers below do: "own" (each text's own expert is
+            on, as behind routers that are right) or "base" (no expert adds anything). What an expert did
+            below tells the routers above which one it was, so that "own" makes them follow the lowest.
         batch_size: texts per pass.
         max_rows: rows per router that "logistic" keeps, drawn at random.
         max_gigabytes: what sums and kept rows of the routers that are read in one pass may take; with
@@ -136,9 +137,7 @@ def fit_router(
     )
     losses = {}
     if method == "phatgoose":
-        losses = train_vectors(
-            inner, config, routers, rows, plan, steps=steps, learning_rate=learning_rate
-        )
+        losses = train_vectors(inner, config, routers, rows, plan, steps=steps, learning_rate=learning_rate)
     strength = REGULARISATION.get(method, 0.0) if regularisation is None else regularisation
     reader = InputReader(inner, adapter, config, inputs)
     fitted = fit_streamed(reader, routers, rows, plan, SOLVERS.get(method), strength)

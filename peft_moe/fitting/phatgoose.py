@@ -56,7 +56,9 @@ def train_vectors(
     was_training = model.training
     model.eval().requires_grad_(False)
     try:
-        with tqdm(total=steps * len(config.routed_names), desc="Training gates", disable=not plan.progress) as bar:
+        with tqdm(
+            total=steps * len(config.routed_names), desc="Training gates", disable=not plan.progress
+        ) as bar:
             for column, expert in enumerate(config.routed_names):
                 own = [row for row in rows if row.label == column]
                 gates = _Gates(routers, column, config.expert_names.index(expert))

@@ -67,4 +67,3 @@ class Inputs:
     def sample(self) -> tuple[Tensor, Tensor]:
         """At most ``keep`` rows [N, I] float32 and their labels [N], in the order they came."""
         return self._kept_NI, self._labels_N
-

@@ -175,13 +175,58 @@ PRESETS: dict[str, Preset] = {
     ),
     "oracle": Preset("the expert of the known domain, alone", "2202.13914", LABELS, {"scorer": "oracle"}),
     "arrow": Preset(
-        "the experts that amplify the token most in one direction", "2405.11157", WEIGHTS, {"scorer": "arrow"}
+        "per module, the three experts that amplify the token most in one direction",
+        "2405.11157",
+        WEIGHTS,
+        {"scorer": "arrow", "top_k": 3},
     ),
     "spectr": Preset(
-        "the experts that would move the token most", "2504.03454", WEIGHTS, {"scorer": "spectr"}
+        "per module, the three experts that would move the token most",
+        "2504.03454",
+        WEIGHTS,
+        {"scorer": "spectr", "top_k": 3},
     ),
-    "centroid": Preset("likeness with each expert's prompts", "mergekit", PROMPTS, {"scorer": "centroid"}, fit="centroid"),
-    "phatgoose": Preset("v", "2402.05859", TEXT, {"scorer": "phatgoose", "top_k": 2}, fit="phatgoose"),
+    "spectr_unit": Preset(
+        "the same, with every expert at unit norm",
+        "2504.03454",
+        WEIGHTS,
+        {"scorer": "spectr_unit", "top_k": 3},
+    ),
+    "centroid": Preset(
+        "one hard decision per prompt: whose mean prompt is it most like, inside the base",
+        "mergekit (moe)",
+        PROMPTS,
+        {**_CONTEXT, "scorer": "centroid", "null_expert": False},
+        fit="centroid",
+    ),
+    "hidden": Preset(
+        "per block and token, top-2 by likeness with each expert's mean prompt",
+        "mergekit (moe)",
+        PROMPTS,
+        {"scorer": "centroid", "router_scope": "block", "top_k": 2, "router_temperature": 0.1},
+        fit="centroid",
+    ),
+    "cheap_embed": Preset(
+        "one hard decision per prompt, by likeness of its words alone",
+        "mergekit (moe)",
+        PROMPTS,
+        {**_CONTEXT, "scorer": "centroid", "router_tap": 0, "router_input_norm": False, "null_expert": False},
+        fit="centroid",
+    ),
+    "phatgoose": Preset(
+        "per module, top-2 of gates that were trained on one expert each",
+        "2402.05859",
+        TEXT,
+        {"scorer": "phatgoose", "top_k": 2},
+        fit="phatgoose",
+    ),
+    "ridge": Preset(
+        "one hard decision per prompt, by least squares on the experts' labels",
+        "2603.29765",
+        PROMPTS,
+        _CONTEXT,
+        fit="ridge",
+    ),
     "classifier": Preset(
         "logistic regression on the prompt's mean hidden state chooses one expert",
         "2407.19610",
