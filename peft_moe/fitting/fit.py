@@ -214,7 +214,7 @@ def _rows(
     if prompts is not None and method != "centroid":
         raise PeftMoeError(f"prompts describe experts for method='centroid', not for {method!r}; give data")
     if prompts is None:
-        whole = method == "phatgoose" or config.router_granularity == "token"
+        whole = method == "phatgoose" or config.router_granularity != "sequence"
         rows = labelled_rows(data, config, tokenizer, whole=whole)
     else:
         rows = described_rows(prompts, config, tokenizer, columns)

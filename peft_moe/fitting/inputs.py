@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -99,10 +99,8 @@ class InputReader:
             return
         # Two inputs, one router: prompts of the bare base for the layers below, tokens for those above.
         take(name, *self._rows(router, hidden_BTI, context, pool=True))
-        try:
+        with suppress(TapReached):
             self._run()
-        except TapReached:
-            pass
 
     def _run(self) -> None:
         batch = self._current

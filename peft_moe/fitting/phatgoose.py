@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from ..call import IGNORE
 from ..config import MoLoraConfig
-from ..errors import PeftMoeError
 from ..routers import Router
 from ..routers.pooling import spread_turns
 from ..routing import Routing, RoutingContext, routing_inputs
@@ -142,8 +141,6 @@ def _steps(
         labels_BT = batch.call["input_ids"].masked_fill(ignored_BT, IGNORE)
         with gates.deciding(), routing_inputs(prompt_mask=batch.prompt), torch.enable_grad():
             loss: Tensor = model(**batch.call, labels=labels_BT).loss
-        if not torch.isfinite(loss):
-            raise PeftMoeError(f"the loss became {float(loss)}; lower learning_rate={learning_rate}")
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         optimizer.step()
         schedule.step()

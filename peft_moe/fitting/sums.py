@@ -32,7 +32,8 @@ class Inputs:
     @staticmethod
     def num_bytes(in_features: int, labels: int, *, gram: bool, keep: int) -> int:
         """What one router's inputs take at most, beside the batch that is being added."""
-        return 8 * in_features * (labels + (in_features if gram else 0)) + keep * (4 * in_features + 16)
+        sums = labels * (in_features + 1) + (in_features**2 if gram else 0)
+        return 8 * sums + keep * (4 * in_features + 16)
 
     def add(self, features_NI: Tensor, labels_N: Tensor) -> None:
         """Take in some rows; they may live on any device, and the sums move there."""

@@ -29,11 +29,11 @@ ROWS = samples(24)  # domains wide, narrow, upper, weather; the last is no exper
 NAMES = ["wide", "narrow", "upper", "weather"]
 HARD = {"top_k": 1, "straight_through": True, "null_expert": True}
 SCOPES: dict[str, dict[str, Any]] = {
-    "module, token": {"router_scope": "module"},
+    "module, token": {"router_scope": "module", "router_granularity": "token"},
     "module, prompt": {"router_scope": "module", "router_granularity": "sequence"},
-    "block, token": {"router_scope": "block"},
+    "block, token": {"router_scope": "block", "router_granularity": "token"},
     "block, prompt": {"router_scope": "block", "router_granularity": "sequence"},
-    "model, token": {"router_scope": "model", "router_tap": 2},
+    "model, token": {"router_scope": "model", "router_tap": 2, "router_granularity": "token"},
     "model, prompt": {"router_scope": "model", "router_tap": 2, "router_granularity": "sequence"},
 }
 
@@ -84,7 +84,8 @@ def plain_inputs(zoo: Zoo, scope: str, name: str, behind: str) -> tuple[Tensor, 
 def one_router(model: PeftModel, scope: str) -> tuple[str, Any]:
     """A router in the last layer, where everything below it matters."""
     found = dict(routers(model))
-    wanted = {"module": "layers.2.mlp.up_proj.", "block": "layers.2.mlp.", "model": ""}[scope.split(",")[0]]
+    parts = {"module": "layers.2.mlp.up_proj.", "block": "layers.2.mlp.", "model": ""}
+    wanted = parts[scope.partition(",")[0]]
     full = next(name for name in found if wanted in name)
     name = full.removeprefix("base_model.model.").split(".molora_router")[0].removesuffix(".block_router")
     return name, found[full]
@@ -129,8 +130,8 @@ def test_what_the_layers_below_do_matters(zoo: Zoo) -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("router", ["centroid", "linear", "phatgoose"])
 def test_centroids_are_means_of_each_experts_texts(zoo: Zoo, scope: str, router: str) -> None:
-    model = build(zoo, router, **SCOPES[scope])
-    fit(model, method="centroid", batch_size=5)
+    model = build(zoo, router, router_input_norm=False, **SCOPES[scope])
+    fit(model, method="centroid", batch_size=5, inputs="base")
     name, found = one_router(model, scope)
     x, labels = plain_inputs(zoo, scope, name, "base")
     means = torch.stack([x[torch.tensor(labels) == column].mean(0) for column in range(4)])
@@ -166,7 +167,7 @@ def test_layers_below_a_tap_follow_the_prompt(zoo: Zoo) -> None:
 
 def test_prompts_describe_experts(zoo: Zoo) -> None:
     scope = "model, prompt"
-    model = build(zoo, "centroid", **SCOPES[scope])
+    model = build(zoo, "centroid", router_input_norm=False, **SCOPES[scope])
     sides = {
         "wide": {"positive": ["abc", "bca=="], "negative": ["klm", "uvwxy"]},
         "narrow": {"positive": ["klmn"]},
@@ -234,7 +235,7 @@ def test_streaming_keeps_no_features(zoo: Zoo) -> None:
     """All live tensors, counted whenever a router gets its inputs."""
     model = build(zoo)
     config = model.peft_config["default"]
-    layers = {n: r for n, r in routers(model)}
+    layers = dict(routers(model))
     by_name = {m.name: m.molora_router["default"] for m in model.modules() if isinstance(m, MoLoraLayer)}
     assert len(by_name) == len(layers)
 
@@ -362,13 +363,13 @@ def test_phatgoose_starts_with_half_of_the_expert(zoo: Zoo) -> None:
         assert report.losses[name][0] == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_phatgoose_knows_its_experts_samples(zoo: Zoo) -> None:
-    """Untrained experts on random text: all that can be asked is that vectors differ and are reproducible."""
+def test_phatgoose_is_reproducible(zoo: Zoo) -> None:
     values = []
     for seed in (0, 0, 1):
         model = build(zoo, "phatgoose", top_k=2, straight_through=False)
         fit(model, steps=3, batch_size=4, seed=seed)
-        values.append(router_values(model))
+        # Not the null expert's row, which nobody trains and which starts at random.
+        values.append(torch.cat([router.scorer.weight[:3].flatten() for _, router in routers(model)]))
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])
 
@@ -420,14 +421,11 @@ def test_they_train_further(zoo: Zoo, preset: str, tmp_path: Path) -> None:
         ("centroid", {}, {"prompts": {"wide": {"positive": "a"}}}, "give a list of prompts"),
         ("linear", {}, {"prompts": {"wide": {"positive": ["a"]}}, "method": "ridge"}, "give data"),
         ("linear", {}, {"max_rows": 5, "method": "logistic"}, "raise max_rows"),
-        ("phatgoose", {}, {"learning_rate": 1e30, "steps": 9}, "lower learning_rate=1e\\+30"),
     ],
 )
 def test_refusals(zoo: Zoo, router: str, fields: Any, settings: Any, message: str) -> None:
     if settings.pop("null", True) is False:
         fields = {**fields, "null_expert": False}
-    if router == "phatgoose":
-        fields = {**fields, "straight_through": False, "top_k": 2}
     model = build(zoo, router, **fields)
     before = router_values(model)
     with pytest.raises(PeftMoeError, match=message):
