@@ -1,6 +1,15 @@
-"""``fit_router``: a mixture's routers from labelled prompts, in seconds and (mostly) without a backward pass.
+"""``fit_router``: a mixture's routers from texts with known experts, in seconds.
 
-Letters: I in, M samples, X experts plus the null expert.
+Each router is fitted on what it reads itself, in whatever scope: a hidden state per prompt, or one per token
+of prompt and completion. The texts are read once (or once per group of routers), and only sums over them are
+kept, except for a sample of rows for "logistic".
+
+- "logistic": multinomial logistic regression (scikit-learn) on standardised features; linear routers.
+- "ridge": least squares on one-hot labels (DUME, arXiv 2603.29765); linear routers.
+- "centroid": each expert's mean input (mergekit); routers "centroid", "linear", "phatgoose".
+- "phatgoose": a gate per expert, trained on it alone with the language model's loss (arXiv 2402.05859);
+  routers "phatgoose". The only method with gradients.
+- "arrow": no texts; routers made from the experts' weights read them again, after these were trained.
 """
 
 from __future__ import annotations
@@ -75,34 +84,21 @@ def fit_router(
 ) -> FitReport:
     """Fit a mixture's routers on texts with known experts; they can be trained further afterwards.
 
-    Each router is fitted on what it reads itself, in whatever scope: a hidden state per prompt, or one per
-    token of prompt and completion. The texts are read once (or once per group of routers), and only sums
-    over them are kept, except for a sample of ``max_rows`` rows for "logistic".
-
-    - "logistic": multinomial logistic regression (scikit-learn) on standardised features; linear routers.
-    - "ridge": least squares on one-hot labels (DUME, arXiv 2603.29765); linear routers.
-    - "centroid": each expert's mean input (mergekit); routers "centroid", "linear", "phatgoose".
-    - "phatgoose": a gate per expert, trained on it alone with the language model's loss (arXiv
-      2402.05859); routers "phatgoose". The only method with gradients.
-    - "arrow": no texts; routers made from the experts' weights read them again, after these were trained.
-
     Args:
         model: a PeftModel with a mixture.
-        data: samples with ``prompt`` (text or chat messages), ``messages``, or ``text`` (for routers that
-            decide per token), and ``domain``: an expert's name; any other name means "none of them" and
-            needs ``null_expert=True``. A ``completion`` is read by routers that decide per token.
+        data: samples with ``prompt`` (text or chat messages), ``messages``, or ``text`` (not for decisions
+            per prompt), and ``domain``: an expert's name; any other name means "none of them" and needs
+            ``null_expert=True``. Routers that decide per token read a ``completion`` as well.
         tokenizer: of the base; its padding is excluded.
-        method: one of the above; default: the preset's own, else "logistic".
+        method: "logistic", "ridge", "centroid", "phatgoose" or "arrow", see above; default: the preset's.
         prompts: for "centroid", instead of data: ``{"math": {"positive": [...], "negative": [...]}}``.
-        regularisation: weight of the L2 penalty, larger is smoother. Default 1 for "logistic"; 0.01 for
-            "ridge", of the features' mean variance.
+        regularisation: weight of the L2 penalty. Default 1 for "logistic", 0.01 for "ridge".
         inputs: of routers per module or block, what the layers below do: "own" (each text's own expert is
             on, as behind routers that are right) or "base" (no expert adds anything). What an expert did
-            below tells the routers above which one it was, so that "own" makes them follow the lowest.
+            below tells the routers above which one it was: "own" makes them follow the lowest.
         batch_size: texts per pass.
         max_rows: rows per router that "logistic" keeps, drawn at random.
-        max_gigabytes: what sums and kept rows of the routers that are read in one pass may take; with
-            many large modules the texts are read several times. A single router may exceed it.
+        max_gigabytes: what the routers of one pass may keep (one router may exceed it).
         steps, learning_rate: of "phatgoose", per expert.
         seed: of everything drawn.
         adapter_name: which mixture; default: the active one.
@@ -113,48 +109,68 @@ def fit_router(
             sample lacks its prompt or domain, or an expert has no sample.
     """
     adapter, config = _mixture(model, adapter_name)
+    method = _method(method, inputs, config)
+    if method == "arrow":
+        return _read_experts(model, adapter, config)
+    keep = max_rows if method == "logistic" else min(max_rows, _MEASURED)
+    limit = int(max_gigabytes * 1e9)
+    plan = Plan(method == "ridge", keep, seed, limit, batch_size, progress)
+    strength = REGULARISATION.get(method, 0.0) if regularisation is None else regularisation
+    job = _Job(model, adapter, config, method, plan, inputs, strength, steps, learning_rate)
+    return job.run(data, prompts, tokenizer)
+
+
+@dataclass
+class _Job:
+    """One call of :func:`fit_router`, checked and with its defaults filled in."""
+
+    model: nn.Module
+    adapter: str
+    config: MoLoraConfig
+    method: str
+    plan: Plan
+    inputs: str
+    strength: float
+    steps: int
+    learning_rate: float
+
+    def run(self, data: Iterable[Mapping[str, Any]], prompts: Prompts | None, tokenizer: Any) -> FitReport:
+        """Read, solve, and only then write."""
+        inner: nn.Module = self.model.get_base_model()  # type: ignore[operator]
+        routers = dict(named_routers(inner, self.adapter))
+        _check_routers(routers, self.method, self.config)
+        _check_runs(self.model, self.adapter, self.config, self.method)
+        columns = next(iter(routers.values())).settings.num_columns
+        rows, counts = _rows(data, prompts, self.config, tokenizer, self.method, columns)
+        losses = {}
+        if self.method == "phatgoose":
+            how = {"steps": self.steps, "learning_rate": self.learning_rate}
+            losses = train_vectors(inner, self.config, routers, rows, self.plan, **how)  # type: ignore[arg-type]
+        reader = InputReader(inner, self.adapter, self.config, self.inputs)
+        fitted = fit_streamed(reader, routers, rows, self.plan, SOLVERS.get(self.method), self.strength)
+        with torch.no_grad():
+            for name, router in routers.items():
+                for key, value in fitted.values[name].items():
+                    router.scorer.get_parameter(key).copy_(value)
+        return FitReport(
+            method=self.method,
+            samples=fitted.samples,
+            per_column=counts,
+            training_accuracy=sum(fitted.accuracies.values()) / len(routers),
+            kept=fitted.kept,
+            accuracies=fitted.accuracies,
+            passes=fitted.passes,
+            losses=losses,
+        )
+
+
+def _method(method: str | None, inputs: str, config: MoLoraConfig) -> str:
     method = method or (PRESETS[config.router].fit if config.router in PRESETS else None) or "logistic"
     if method not in METHODS:
         raise PeftMoeError(f"method={method!r} is not known.{near_matches(method, METHODS)}")
     if inputs not in INPUTS:
         raise PeftMoeError(f"inputs={inputs!r} is not known.{near_matches(inputs, INPUTS)}")
-    inner: nn.Module = model.get_base_model()  # type: ignore[operator]
-    routers = dict(named_routers(inner, adapter))
-    if method == "arrow":
-        return _read_experts(inner, adapter, config)
-    _check_routers(routers, method, config)
-    _check_runs(model, adapter, config, method)
-    columns = next(iter(routers.values())).settings.num_columns
-    rows, counts = _rows(data, prompts, config, tokenizer, method, columns)
-    plan = Plan(
-        labels=columns * (2 if prompts is not None else 1),
-        gram=method == "ridge",
-        keep=max_rows if method == "logistic" else min(max_rows, _MEASURED),
-        seed=seed,
-        limit=int(max_gigabytes * 1e9),
-        batch_size=batch_size,
-        progress=progress,
-    )
-    losses = {}
-    if method == "phatgoose":
-        losses = train_vectors(inner, config, routers, rows, plan, steps=steps, learning_rate=learning_rate)
-    strength = REGULARISATION.get(method, 0.0) if regularisation is None else regularisation
-    reader = InputReader(inner, adapter, config, inputs)
-    fitted = fit_streamed(reader, routers, rows, plan, SOLVERS.get(method), strength)
-    with torch.no_grad():
-        for name, router in routers.items():
-            for key, value in fitted.values[name].items():
-                router.scorer.get_parameter(key).copy_(value)
-    return FitReport(
-        method=method,
-        samples=fitted.samples,
-        per_column=counts,
-        training_accuracy=sum(fitted.accuracies.values()) / len(routers),
-        kept=fitted.kept,
-        accuracies=fitted.accuracies,
-        passes=fitted.passes,
-        losses=losses,
-    )
+    return method
 
 
 def _mixture(model: nn.Module, adapter_name: str | None) -> tuple[str, MoLoraConfig]:
@@ -230,13 +246,13 @@ def _rows(
     return rows, dict(zip(names, counts, strict=True))
 
 
-def _read_experts(inner: nn.Module, adapter: str, config: MoLoraConfig) -> FitReport:
+def _read_experts(model: nn.Module, adapter: str, config: MoLoraConfig) -> FitReport:
     if not config.scorer.reads_experts:
         raise PeftMoeError(
             f"method='arrow' fills routers that are made from the experts' weights; router={config.router!r} "
             "is not, use router='arrow' or 'spectr'"
         )
-    for layer in inner.modules():
+    for layer in model.modules():
         if isinstance(layer, MoLoraLayer) and adapter in layer.molora_router:
             router: Router = layer.molora_router[adapter]  # type: ignore[assignment]
             A, B, ranks = layer.molora_A[adapter], layer.molora_B[adapter], layer.rank_maps[adapter]

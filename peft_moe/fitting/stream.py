@@ -21,7 +21,6 @@ class Plan:
     """How texts are read.
 
     Attributes:
-        labels: L, how many different labels rows have.
         gram: whether Σ h·hᵀ is wanted.
         keep: rows that each router keeps.
         seed: of the choice of those rows, and of whatever else is drawn.
@@ -30,7 +29,6 @@ class Plan:
         progress: whether to show bars.
     """
 
-    labels: int
     gram: bool
     keep: int
     seed: int
@@ -38,12 +36,12 @@ class Plan:
     batch_size: int
     progress: bool
 
-    def groups(self, routers: Mapping[str, Router]) -> list[dict[str, Router]]:
+    def groups(self, routers: Mapping[str, Router], labels: int) -> list[dict[str, Router]]:
         """Routers that are read in one pass: as many as fit under the limit, and one at least."""
         found: list[dict[str, Router]] = []
         used = 0
         for name, router in routers.items():
-            size = Inputs.num_bytes(router.in_features, self.labels, gram=self.gram, keep=self.keep)
+            size = Inputs.num_bytes(router.in_features, labels, gram=self.gram, keep=self.keep)
             if not found or used + size > self.limit:
                 found.append({})
                 used = 0
@@ -90,10 +88,12 @@ def fit_streamed(
         strength: of the penalty, for the solver.
     """
     fitted = Fitted()
-    groups = plan.groups(routers)
+    columns = next(iter(routers.values())).settings.num_columns
+    labels = columns * (2 if any(row.label >= columns for row in rows) else 1)  # negative examples
+    groups = plan.groups(routers, labels)
     for number, group in enumerate(groups):
         seen = {
-            name: Inputs(router.in_features, plan.labels, gram=plan.gram, keep=plan.keep, seed=plan.seed)
+            name: Inputs(router.in_features, labels, gram=plan.gram, keep=plan.keep, seed=plan.seed)
             for name, router in group.items()
         }
 

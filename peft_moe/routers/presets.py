@@ -193,17 +193,23 @@ PRESETS: dict[str, Preset] = {
         {"scorer": "spectr_unit", "top_k": 3},
     ),
     "centroid": Preset(
-        "one hard decision per prompt: whose mean prompt is it most like, inside the base",
+        "per module and token, by likeness with each expert's mean input",
         "mergekit (moe)",
         PROMPTS,
-        {**_CONTEXT, "scorer": "centroid", "null_expert": False},
+        {"scorer": "centroid", "router_temperature": 0.1},
         fit="centroid",
     ),
     "hidden": Preset(
-        "per block and token, top-2 by likeness with each expert's mean prompt",
+        "one hard decision per prompt and block, by likeness with each expert's mean prompt",
         "mergekit (moe)",
         PROMPTS,
-        {"scorer": "centroid", "router_scope": "block", "top_k": 2, "router_temperature": 0.1},
+        {
+            "scorer": "centroid",
+            "router_scope": "block",
+            "router_granularity": "sequence",
+            "top_k": 1,
+            "straight_through": True,
+        },
         fit="centroid",
     ),
     "cheap_embed": Preset(

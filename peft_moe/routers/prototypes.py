@@ -111,7 +111,7 @@ class ArrowScorer(_FromExperts):
         self, A_RI: Tensor, B_RO: Tensor, ranks: tuple[int, ...], scaling: tuple[float, ...]
     ) -> None:
         """Directions of all routed experts; of zero where one is absent, or moves nothing."""
-        A_e, B_e = torch.split(A_RI.detach(), ranks), torch.split(B_RO.detach(), ranks)
+        A_e, B_e = torch.split(A_RI.detach(), list(ranks)), torch.split(B_RO.detach(), list(ranks))
         with torch.no_grad():
             for row, expert in enumerate(self.settings.routed):
                 self.weight[row] = top_direction(A_e[expert].double(), B_e[expert].double())
@@ -138,7 +138,7 @@ class SpectrScorer(_FromExperts):
         self.weight = nn.Parameter(torch.zeros(sum(self.ranks), self.in_features, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = torch.split(functional.linear(x, self.weight.to(x.dtype)), self.ranks, dim=-1)
+        parts = torch.split(functional.linear(x, self.weight.to(x.dtype)), list(self.ranks), dim=-1)
         scores_BTX = torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in parts], dim=-1)
         present = torch.tensor([rank > 0 for rank in self.ranks], device=x.device)
         return self._all_columns(scores_BTX, present)
@@ -147,7 +147,7 @@ class SpectrScorer(_FromExperts):
         self, A_RI: Tensor, B_RO: Tensor, ranks: tuple[int, ...], scaling: tuple[float, ...]
     ) -> None:
         """The factors of all routed experts."""
-        A_e, B_e = torch.split(A_RI.detach(), ranks), torch.split(B_RO.detach(), ranks)
+        A_e, B_e = torch.split(A_RI.detach(), list(ranks)), torch.split(B_RO.detach(), list(ranks))
         factors = [
             self._scaled(short_factor(scaling[e] * A_e[e].double(), B_e[e].double()))
             for e in self.settings.routed
