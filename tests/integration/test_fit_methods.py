@@ -34,6 +34,8 @@ SCOPES: dict[str, dict[str, Any]] = {
     "block, token": {"router_scope": "block", "router_granularity": "token"},
     "block, prompt": {"router_scope": "block", "router_granularity": "sequence"},
     "model, token": {"router_scope": "model", "router_tap": 2, "router_granularity": "token"},
+    "model, running": {"router_scope": "model", "router_tap": 2, "router_granularity": "running"},
+    "block, running": {"router_scope": "block", "router_granularity": "running"},
     "model, prompt": {"router_scope": "model", "router_tap": 2, "router_granularity": "sequence"},
 }
 
@@ -56,10 +58,19 @@ def watched(scope: str, name: str) -> str:
     return f"{name}.{first[name.rpartition('.')[2]]}" if scope.startswith("block") else name
 
 
+def followed(x: Tensor, prompt: int, half_life: float = 8.0) -> Tensor:
+    """The prompt's mean at its tokens, a running mean behind them."""
+    out = [x[:prompt].mean(0)] * prompt
+    for token in x[prompt:]:
+        share = 0.5 ** (1 / half_life)
+        out.append(share * out[-1] + (1 - share) * token)
+    return torch.stack(out)
+
+
 def plain_inputs(zoo: Zoo, scope: str, name: str, behind: str) -> tuple[Tensor, list[int]]:
     """A router's inputs, caught in plain models (no mixture), one unpadded text at a time: [M, I] float64."""
     features, labels = [], []
-    whole = scope.endswith("token")
+    whole = not scope.endswith("prompt")
     for row in ROWS:
         text = row["prompt"] + (row["completion"] if whole else "")
         own = behind == "own" and row["domain"] != "weather"
@@ -76,6 +87,8 @@ def plain_inputs(zoo: Zoo, scope: str, name: str, behind: str) -> tuple[Tensor, 
             handle.remove()
             x = seen[0]
         x = x.double()
+        if scope.endswith("running"):
+            x = followed(x, len(row["prompt"]))
         features.append(x if whole else x.mean(0, keepdim=True))
         labels += [NAMES.index(row["domain"])] * len(features[-1])
     return torch.cat(features), labels
