@@ -127,6 +127,18 @@ def test_logits_of_other_heads(zoo: Zoo, tmp_path: Path, architecture: str) -> N
     assert log_of(trainer)["distillation_loss"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sft", "plain"])
+def test_under_autocast(zoo: Zoo, tmp_path: Path, kind: str) -> None:
+    found = []
+    for bf16 in (False, True):
+        model = zoo.mixture("llama", "top2", **DISTIL)
+        trainer = make_trainer(kind, model, tokenised(samples(4)), tmp_path, bf16=bf16)
+        trainer.train()
+        found.append(log_of(trainer)["distillation_loss"])
+    assert found[1] == pytest.approx(found[0], rel=0.05)  # bf16 keeps 8 bits of every activation
+    assert found[1] != found[0]
+
+
 def test_an_unknown_transformation_of_logits_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     model = zoo.mixture("llama", "top2", distillation_coef=1.0)
     trainer = make_trainer("plain", model, tokenised(samples(4)), tmp_path)
