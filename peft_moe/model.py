@@ -20,7 +20,7 @@ from .errors import PeftMoeError
 from .experts.plan import plan_experts
 from .four_bit import keep_unpacked
 from .layer import MoLoraLayer
-from .losses import LOSSES
+from .losses import active_losses
 from .model_router import ModelRouter
 from .routers import Router
 from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter
@@ -133,7 +133,8 @@ class MoLoraModel(BaseTuner):
         if seat is None:
             seat = ModelRouter(model)
             setattr(model, MODEL_SEAT, seat)
-        wanted = [name for name in LOSSES if getattr(config, name) > 0]
+        others = ("expert_orthogonality_coef", "distillation_coef", "router_bias_update_rate")
+        wanted = [*active_losses(config), *(name for name in others if getattr(config, name))]
         if wanted:
             seat.loss_fields[adapter] = wanted[-1]
         seats: list[SharedRouter] = [seat]
@@ -255,7 +256,9 @@ def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, st
         )
     if config.router_scope != "model":
         return None, ""
-    tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap))
+    # A running decision is probed in every step, and knows its subject early.
+    default = 0.25 if config.router_granularity == "running" else 0.5
+    tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap), default)
     if config.scorer.reads_input and config.scorer.reads_hidden:
         config.router_tap = tap.index
     return tap, stack

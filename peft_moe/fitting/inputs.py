@@ -184,5 +184,14 @@ class InputReader:
         features, labels_B = router.features(hidden_BTI, context, pool=pool), self._current.labels
         if pool:
             return features[:, 0], labels_B
-        real_BT = self._current.call["attention_mask"].bool()
-        return features[real_BT], labels_B[:, None].expand(real_BT.shape)[real_BT]
+        rows_BT = self._current.call["attention_mask"].bool()
+        if router.runs:
+            rows_BT = rows_BT & _apart(self._current.prompt, router.settings.window)
+        return features[rows_BT], labels_B[:, None].expand(rows_BT.shape)[rows_BT]
+
+
+def _apart(prompt_BT: Tensor, window: float) -> Tensor:
+    """One token of the prompt, whose tokens share a summary, and then one per half-life: others are alike."""
+    behind_BT = (~prompt_BT).cumsum(-1)
+    first_BT = prompt_BT & (prompt_BT.cumsum(-1) == 1)
+    return first_BT | (~prompt_BT & (behind_BT % max(1, round(window)) == 0))

@@ -240,6 +240,13 @@ PRESETS: dict[str, Preset] = {
         {**_CONTEXT, "null_expert": False},
         fit="logistic",
     ),
+    "follow": Preset(
+        "as context, and behind the prompt the decision follows the text",
+        "this project",
+        PROMPTS + ", with completions",
+        {**_CONTEXT, "router_granularity": "running"},
+        fit="logistic",
+    ),
     "context": Preset(
         "one hard decision per prompt, read inside the base, which may choose no expert",
         "this project",

@@ -156,27 +156,46 @@ def gates_case(seed: int, **how: Any) -> dict[str, Any]:
 # Losses: of one layer, over real tokens
 
 
+DELTA = 0.1
+
+
 def losses_of(z: Array, real: list[list[int]], domains: list[int], k: int) -> dict[str, float]:
     columns, tokens, labelled = z.shape[-1], 0, 0
     share, mean, squares, cross = [0.0] * columns, [0.0] * columns, 0.0, 0.0
+    entropy, kept, scaled = 0.0, 0.0, []
     for b, t in np.ndindex(z.shape[:2]):
         if not real[b][t]:
             continue
         tokens += 1
         total = sum(math.exp(v) for v in z[b, t])
-        for e in sorted(range(columns), key=lambda e, row=z[b, t]: -row[e])[:k]:
+        best = sorted(range(columns), key=lambda e, row=z[b, t]: -row[e])[:k]
+        for e in best:
             share[e] += 1
+            # The gates are renormalised over those that were kept.
+            kept += math.exp(z[b, t, e]) / sum(math.exp(z[b, t, other]) for other in best) / columns
         for e in range(columns):
-            mean[e] += math.exp(z[b, t, e]) / total
+            p = math.exp(z[b, t, e]) / total
+            mean[e] += p
+            entropy -= p * math.log(p)
         squares += math.log(total) ** 2
         if domains[b] >= 0:
             labelled += 1
             cross += math.log(total) - z[b, t, domains[b]]
+    for b in range(len(z)):
+        if domains[b] >= 0:
+            there = [z[b, t] for t in range(len(z[b])) if real[b][t]]
+            for e in range(columns):
+                p = sum(math.exp(row[e]) / sum(math.exp(v) for v in row) for row in there) / len(there)
+                scaled.append(p * (1 - DELTA if e == domains[b] else 1 + DELTA))
+    middle = sum(scaled) / len(scaled)
     return {
         "router_aux_loss_coef": columns
         * sum(s / tokens * p / tokens for s, p in zip(share, mean, strict=True)),
         "router_z_loss_coef": squares / tokens,
+        "router_entropy_coef": entropy / tokens,
         "router_label_loss_coef": cross / labelled,
+        "router_lbc_coef": sum((s - middle) ** 2 for s in scaled) / len(scaled) / middle**2,
+        "router_l1_coef": kept / tokens,
     }
 
 

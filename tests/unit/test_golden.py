@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_moe.losses import LOSSES, decision_weights
+from peft_moe import MoLoraConfig
+from peft_moe.losses import LOSSES, decision_weights, loss_options
 from peft_moe.ops import RankMap, mix_reference, mix_stacked
 from peft_moe.routers import Router, RouterSettings, select
 from peft_moe.routing import RoutingContext
@@ -70,7 +71,8 @@ def test_losses(case, name):
     logits = torch.tensor(case["logits"], dtype=torch.float64, requires_grad=True)
     routing = select(logits, RouterSettings("linear", num_experts=4, top_k=case["top_k"]))
     context = RoutingContext(real=torch.tensor(case["real"]).bool(), domains=torch.tensor(case["domains"]))
-    found = LOSSES[name](routing, decision_weights(routing, context), context)
+    options = loss_options(MoLoraConfig()).get(name, {})
+    found = LOSSES[name](routing, decision_weights(routing, context), context, **options)
     close(found, case["values"][name], VALUES)
     found.backward()
     close(logits.grad, case["gradients"][name], GRADIENTS)
