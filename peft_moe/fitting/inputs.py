@@ -191,7 +191,9 @@ class InputReader:
 
 
 def _apart(prompt_BT: Tensor, window: float) -> Tensor:
-    """One token of the prompt, whose tokens share a summary, and then one per half-life: others are alike."""
+    """One token of the prompt, whose tokens share a summary; 1, 2, 4, … tokens behind it; one per half-life."""
     behind_BT = (~prompt_BT).cumsum(-1)
     first_BT = prompt_BT & (prompt_BT.cumsum(-1) == 1)
-    return first_BT | (~prompt_BT & (behind_BT % max(1, round(window)) == 0))
+    stride = max(1, round(window))
+    early_BT = (behind_BT < stride) & (behind_BT & (behind_BT - 1) == 0)
+    return first_BT | (~prompt_BT & (early_BT | (behind_BT % stride == 0)))
