@@ -194,14 +194,14 @@ PRESETS: dict[str, Preset] = {
     ),
     "centroid": Preset(
         "per module and token, by likeness with each expert's mean input",
-        "mergekit (moe)",
+        "2403.13257",
         PROMPTS,
         {"scorer": "centroid", "router_temperature": 0.1},
         fit="centroid",
     ),
     "hidden": Preset(
         "one hard decision per prompt and block, by likeness with each expert's mean prompt",
-        "mergekit (moe)",
+        "2403.13257",
         PROMPTS,
         {
             "scorer": "centroid",
@@ -214,7 +214,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cheap_embed": Preset(
         "one hard decision per prompt, by likeness of its words alone",
-        "mergekit (moe)",
+        "2403.13257",
         PROMPTS,
         {**_CONTEXT, "scorer": "centroid", "router_tap": 0, "router_input_norm": False, "null_expert": False},
         fit="centroid",
@@ -231,6 +231,13 @@ PRESETS: dict[str, Preset] = {
         "2603.29765",
         PROMPTS,
         _CONTEXT,
+        fit="ridge",
+    ),
+    "running": Preset(
+        "the same, but the decision follows the text behind the prompt, and notices a new subject",
+        "this project",
+        PROMPTS,
+        {**_CONTEXT, "router_granularity": "running"},
         fit="ridge",
     ),
     "classifier": Preset(

@@ -287,6 +287,7 @@ def test_a_small_limit_reads_the_texts_several_times(zoo: Zoo) -> None:
 
 FITTED: dict[str, tuple[str, dict[str, Any]]] = {
     "ridge": ("ridge", {}),
+    "running": ("ridge", {}),
     "centroid": ("centroid", {}),
     "hidden": ("centroid", {}),
     "cheap_embed": ("centroid", {}),
@@ -453,3 +454,15 @@ def test_an_inactive_mixture_is_refused(zoo: Zoo) -> None:
         fit(model, adapter_name="other")
     model.set_adapter("other")
     assert fit(model, adapter_name="other", method="centroid").passes == 1
+
+
+def test_shared_experts_are_on_while_inputs_are_read(zoo: Zoo) -> None:
+    model = build(zoo, shared_experts=["wide"])
+    found = {}
+    for inputs in ("own", "base"):
+        reader = InputReader(model.get_base_model(), "default", model.peft_config["default"], inputs)
+        found[inputs] = reader._gates(torch.tensor([0, 1, 2])).tolist()
+    # Columns are narrow, upper, null; gates are wide, narrow, upper.
+    assert found["own"] == [[1, 1, 0], [1, 0, 1], [1, 0, 0]]
+    assert found["base"] == [[1, 0, 0]] * 3
+    assert fit(model, method="ridge").per_column == {"narrow": 6, "upper": 6, "null": 12}
