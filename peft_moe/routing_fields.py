@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import PeftMoeError, near_matches
-from .routers import PRESETS, RouterSettings, Scorer, available_scorers, scorer_class
+from .routers import PRESETS, RECOMMENDED, RouterSettings, Scorer, available_scorers, scorer_class
 
 # What a field is where neither the user nor the preset says.
 DEFAULTS: dict[str, Any] = {
@@ -39,12 +39,13 @@ class RoutingFields:
     """How a mixture routes. Fields left at None take the preset's value.
 
     Args:
-        router: a preset or a registered scorer; ``peft-moe routers`` lists them.
+        router: a preset or a registered scorer, which ``peft-moe routers`` lists; or "auto", the one that
+            is recommended today.
         router_scope: who shares a decision: "module" (each linear layer decides for itself), "block"
             (the layers of one attention or feed-forward module share what its first one decides), or
             "model" (one decision for all layers, taken where the tap is).
         router_tap: for scope "model": the decoder layer whose input is read, an index or a module
-            name. Default: the middle layer; of a running decision, after a quarter of the layers. 0 reads
+            name. Default: the middle layer; of a running decision, after a third of the layers. 0 reads
             the embeddings.
         router_below_tap: for scope "model", what the layers below the tap do. "probe": the bare base
             first runs up to the tap, then all layers are adapted; it costs tap/layers of a prefill
@@ -160,7 +161,9 @@ class RoutingFields:
         Raises:
             PeftMoeError: there is no such router.
         """
-        known = {*PRESETS, *available_scorers()}
+        if self.router == "auto":
+            self.router = RECOMMENDED  # so that what is saved says what it is
+        known = {"auto", *PRESETS, *available_scorers()}
         if self.router not in known:
             raise PeftMoeError(f"router={self.router!r} is not known.{near_matches(self.router, known)}")
         preset = PRESETS[self.router].fields if self.router in PRESETS else {}

@@ -191,7 +191,7 @@ class InputReader:
 
 
 def _apart(prompt_BT: Tensor, window: float) -> Tensor:
-    """One token of the prompt, whose tokens share a summary; 1, 2, 4, … tokens behind it; one per half-life."""
+    """One token of the prompt, which share a summary; 1, 2, 4, … tokens behind it; one per half-life."""
     behind_BT = (~prompt_BT).cumsum(-1)
     first_BT = prompt_BT & (prompt_BT.cumsum(-1) == 1)
     stride = max(1, round(window))

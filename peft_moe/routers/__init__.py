@@ -5,7 +5,7 @@ from . import constant as _constant
 from . import learned as _learned
 from . import prototypes as _prototypes
 from .base import Router
-from .presets import PRESETS, Preset
+from .presets import PRESETS, RECOMMENDED, Preset
 from .registry import Scorer, available_scorers, register_router, scorer_class
 from .selectors import SCORING_FUNCS, select
 from .settings import RouterSettings
@@ -14,6 +14,7 @@ del _called, _constant, _learned, _prototypes
 
 __all__ = [
     "PRESETS",
+    "RECOMMENDED",
     "SCORING_FUNCS",
     "Preset",
     "Router",

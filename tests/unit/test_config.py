@@ -14,7 +14,7 @@ from peft import PeftConfig
 
 from peft_moe import MoLoraConfig, PeftMoeError
 from peft_moe.config import FORMAT_VERSION
-from peft_moe.routers import PRESETS
+from peft_moe.routers import PRESETS, RECOMMENDED
 
 OURS = {f.name for f in dataclasses.fields(MoLoraConfig)}
 
@@ -109,6 +109,12 @@ def test_preset_fills_what_is_open_and_nothing_else(name):
             assert getattr(config, field) == value
     assert config.router_settings().scorer == PRESETS[name].fields["scorer"]
     assert MoLoraConfig(router=name, router_temperature=0.5).router_temperature == 0.5
+
+
+def test_auto_is_the_recommended_preset_by_its_own_name():
+    auto, named = MoLoraConfig(router="auto"), MoLoraConfig(router=RECOMMENDED)
+    assert auto.to_dict() == named.to_dict()
+    assert auto.router == RECOMMENDED in PRESETS
 
 
 def test_no_routing_field_stays_open():
