@@ -234,11 +234,11 @@ PRESETS: dict[str, Preset] = {
         fit="ridge",
     ),
     "running": Preset(
-        "the same, but the decision follows the text behind the prompt, and notices a new subject",
+        "as context, but the decision then follows the text, and notices a new subject",
         "this project",
-        PROMPTS,
+        PROMPTS + ", with answers",
         {**_CONTEXT, "router_granularity": "running"},
-        fit="ridge",
+        fit="logistic",
     ),
     "classifier": Preset(
         "logistic regression on the prompt's mean hidden state chooses one expert",

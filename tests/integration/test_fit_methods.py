@@ -287,7 +287,7 @@ def test_a_small_limit_reads_the_texts_several_times(zoo: Zoo) -> None:
 
 FITTED: dict[str, tuple[str, dict[str, Any]]] = {
     "ridge": ("ridge", {}),
-    "running": ("ridge", {}),
+    "running": ("logistic", {}),
     "centroid": ("centroid", {}),
     "hidden": ("centroid", {}),
     "cheap_embed": ("centroid", {}),
