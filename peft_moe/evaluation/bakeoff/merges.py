@@ -9,6 +9,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ...errors import PeftMoeError
+
 MERGED = "merged"
 
 
@@ -23,11 +25,13 @@ def merge(base: nn.Module, experts: Mapping[str, str], fields: Mapping[str, Any]
 
     Raises:
         ValueError: PEFT refuses (unequal ranks in most plain kinds).
+        PeftMoeError: every expert adapts some layers only, and not the same ones.
     """
     names = list(experts)
     model = PeftModel.from_pretrained(base, experts[names[0]], adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(experts[name], adapter_name=name)
+    _put_widest_first(names, model.peft_config)
     arguments = dict(fields)
     weight = arguments.pop("weight", "mean")
     rank = arguments.pop("svd_rank", None)
@@ -44,6 +48,16 @@ def merge(base: nn.Module, experts: Mapping[str, str], fields: Mapping[str, Any]
             layer.scaling[MERGED] = 1.0
     model.set_adapter(MERGED)
     return model
+
+
+def _put_widest_first(names: list[str], configs: Mapping[str, Any]) -> None:
+    """PEFT gives the merged adapter the layers of the first one: begin with one that has them all."""
+    names.sort(key=lambda name: configs[name].layers_to_transform is not None)
+    layers = [configs[name].layers_to_transform for name in names]
+    if layers[0] is not None and any(other != layers[0] for other in layers):
+        raise PeftMoeError(
+            f"layers_to_transform={layers} differ: PEFT would keep those of the first adapter and drop the rest"
+        )
 
 
 def widest_rank(config: LoraConfig) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .advice import advise
 from .contestants import REFERENCE
@@ -55,73 +57,78 @@ def report(
     }
 
 
+@dataclass(frozen=True)
+class Column:
+    """A heading and one cell per method."""
+
+    head: str
+    cells: list[str]
+
+    @property
+    def width(self) -> int:
+        """Characters, with the frame."""
+        return max(cell_len(line) for text in (self.head, *self.cells) for line in text.split("\n")) + 3
+
+
 def tables(comparison: Comparison, rows: Sequence[Row], console: Console) -> list[Table]:
-    """One table where the console is wide enough, else one per domain and one of the rest."""
-    domains = [row.name for row in rows if row.kind == "expert"]
-    whole = table(comparison, rows)
-    if console.measure(whole).maximum <= console.width:
-        return [whole]
-    others = [row.name for row in rows if row.kind != "expert"]
-    return [
-        table(comparison, rows, without=[MEAN, *others]),
-        table(comparison, rows, without=domains),
-    ]
+    """One table where the console is wide enough, else several with the methods' names in each.
 
-
-def table(comparison: Comparison, rows: Sequence[Row], without: Sequence[str] = ()) -> Table:
-    """Methods by their mean share, references on top; columns of rows and costs.
-
-    Costs stand beside the mean.
+    References stand on top, methods follow by their mean share.
     """
-    loss = comparison.measure == "loss"
-    change = "change of the loss against the base in %" if loss else "change against the base in points"
-    lines = Table(
-        title=f"% of the oracle's gain over the base, by {'loss' if loss else 'exact answers'}; "
-        f"*: no expert, {change}; [95 % interval]",
-        header_style="bold",
-    )
-    shares, changes = ([row for row in some if row not in without] for some in columns(comparison, rows))
-    costs = ("trained\nparameters", "seconds\nto make", "tokens/s\nscoring") if MEAN in shares else ()
-    for name in ("method", "group"):
-        lines.add_column(name)
-    for row in shares:
-        lines.add_column(HEADS.get(row, row), justify="right", no_wrap=True)
-    for row in changes:
-        lines.add_column(f"{row}*", justify="right")
-    for name in costs:
-        lines.add_column(name, justify="right")
     references = [s for s in comparison.standings.values() if s.group == REFERENCE]
-    for one in [*references, *comparison.ranked()]:
-        style = "dim" if one.group == REFERENCE else ""
-        cells = _cells(one, shares, changes) + (_costs(one) if costs else [])
-        lines.add_row(*cells, style=style, end_section=one is references[-1])
-    return lines
+    lines = [*references, *comparison.ranked()]
+    name = Column("method", [s.name + (f" ({s.seeds} seeds)" if s.seeds > 1 else "") for s in lines])
+    parts: list[list[Column]] = [[]]
+    room = console.width - name.width - 1
+    for column in columns(lines, comparison, rows):
+        if parts[-1] and sum(c.width for c in parts[-1]) + column.width > room:
+            parts.append([])
+        parts[-1].append(column)
+    loss = comparison.measure == "loss"
+    found = []
+    for part in parts:
+        found.append(
+            Table(
+                title=f"% of the oracle's gain over the base, by {'loss' if loss else 'exact answers'}; *: no "
+                f"expert, change against the base in {'% of its loss' if loss else 'points'}; [95 % interval]",
+                header_style="bold",
+            )
+        )
+        found[-1].add_column(name.head)
+        for column in part:
+            found[-1].add_column(column.head, justify="right")
+        for number, one in enumerate(lines):
+            cells = [Text(column.cells[number]) for column in (name, *part)]
+            style = "dim" if one.group == REFERENCE else ""
+            found[-1].add_row(*cells, style=style, end_section=one is references[-1])
+    return found
 
 
-def columns(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Names of the rows with shares, the mean among them, and of those without an expert."""
-    domains = [row.name for row in rows if row.kind == "expert"]
-    mixed = [row.name for row in rows if row.kind == "mixed"]
+def columns(lines: Sequence[Standing], comparison: Comparison, rows: Sequence[Row]) -> list[Column]:
+    """The group, shares, changes and costs of the methods."""
+    kinds = {kind: [row.name for row in rows if row.kind == kind] for kind in ("expert", "mixed")}
     mean = [MEAN] if comparison.gainful else []
-    return [*domains, *mean, *mixed], [row.name for row in rows if row.kind in ("generic", "unseen")]
-
-
-def _cells(one: Standing, shares: Sequence[str], changes: Sequence[str]) -> list[str]:
-    seeds = f" ({one.seeds} seeds)" if one.seeds > 1 else ""
+    made = [one.cost.tokens_per_second > 0 for one in lines]
     return [
-        one.name + seeds,
-        one.group,
-        *(_share(one.shares[row], row in WIDE) for row in shares),
-        *(_change(one.changes[row]) for row in changes),
-    ]
-
-
-def _costs(one: Standing) -> list[str]:
-    made = one.cost.tokens_per_second > 0
-    return [
-        f"{one.cost.trainable:,}" if one.cost.trainable else "–",
-        f"{one.cost.seconds:.0f}" if made else "–",
-        f"{one.cost.tokens_per_second:,.0f}" if made else "–",
+        Column("group", [one.group for one in lines]),
+        *(
+            Column(HEADS.get(row, row), [_share(one.shares[row], row in WIDE) for one in lines])
+            for row in (*kinds["expert"], *mean, *kinds["mixed"])
+        ),
+        *(
+            Column(f"{row.name}*", [_change(one.changes[row.name]) for one in lines])
+            for row in rows
+            if row.kind in ("generic", "unseen")
+        ),
+        Column("trained\nparameters", [f"{s.cost.trainable:,}" if s.cost.trainable else "–" for s in lines]),
+        Column(
+            "seconds\nto make",
+            [f"{s.cost.seconds:.0f}" if m else "–" for s, m in zip(lines, made, strict=True)],
+        ),
+        Column(
+            "tokens/s\nscoring",
+            [f"{s.cost.tokens_per_second:,.0f}" if m else "–" for s, m in zip(lines, made, strict=True)],
+        ),
     ]
 
 
@@ -129,8 +136,7 @@ def _share(estimate: Estimate, wide: bool) -> str:
     e = estimate.scaled(100)
     if not wide or e.low == e.high:
         return f"{e.value:.0f}"
-    # Rich reads "[" as markup.
-    return f"{e.value:.0f} \\[{e.low:.0f}, {e.high:.0f}]"
+    return f"{e.value:.0f} [{e.low:.0f}, {e.high:.0f}]"
 
 
 def _change(estimate: Estimate) -> str:
