@@ -40,9 +40,10 @@ def write_settings(out: Path, train: int = TRAIN, test: int = TEST) -> Path:
             "test_records": test,
             "mixed_per_pair": 10,
         },
-        "train": {"steps": 300, "batch_size": 32, "learning_rate": 1.0e-2, "max_length": None},
-        # Experts had 500 steps of about 64 questions each; width.steps=2500 is as many, and an hour.
-        "width": {"steps": 0, "batch_size": 64, "learning_rate": 2.0e-3},
+        "train": {"steps": 150, "batch_size": 32, "learning_rate": 1.0e-2, "max_length": None},
+        # Each expert had 500 steps of 2,048 tokens, half of them questions of its own skill, about 32; as
+        # many for all five are width.steps=2500, an hour.
+        "width": {"steps": 0, "batch_size": 32, "learning_rate": 2.0e-3},
         "score": {"measures": ["exact", "loss"], "batch_size": 64, "max_length": None},
     }
     path = out / "bakeoff.yaml"

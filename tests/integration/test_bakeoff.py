@@ -11,18 +11,18 @@ import yaml
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from peft_moe import Scorer, register_router
+from peft_moe import Scorer
 from peft_moe.cli import app
 from peft_moe.demo import BASE_NAME, asset_path
 from peft_moe.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, generate, write_jsonl
+from peft_moe.routers import registry
 
 # One with rank-stabilised scaling first, ranks 8 and 16, one that adapts attention only.
 EXPERTS = ("date", "reverse", "query")
-METHODS = "uniform,merge-cat-mean,merge-linear,sum,context-fitted,linear-trained,peft-xlora,one-wide-lora"
-SCORED = {"uniform", "merge-cat-mean", "context-fitted", "linear-trained", "peft-xlora", "one-wide-lora"}
+METHODS = "uniform,merge-cat-mean,merge-linear,context-fitted,linear,peft-xlora,one-wide-lora"
+SCORED = {"uniform", "merge-cat-mean", "context-fitted", "linear", "peft-xlora", "one-wide-lora"}
 
 
-@register_router("broken-for-the-bakeoff")
 class Broken(Scorer):
     """Fails as a bug would."""
 
@@ -109,8 +109,8 @@ def test_the_oracle_is_each_domains_own_expert_and_beats_the_base(folder: Path) 
 
 
 def test_pefts_cat_merge_scores_as_the_uniform_mixture(folder: Path) -> None:
-    # The demo's adapters are bfloat16. PEFT widens them, the mixture runs in their dtype: 8 bits of mantissa in
-    # 42 layers. With float32 adapters the two agree to 1e-5 (tests/unit/test_bakeoff_models.py).
+    # The demo's adapters are bfloat16. PEFT widens them, the mixture runs in their dtype: 8 bits of mantissa
+    # in 42 layers. With float32 adapters the two agree to 1e-5 (tests/unit/test_bakeoff_models.py).
     assert losses(folder, "merge-cat-mean-0") == pytest.approx(losses(folder, "uniform-0"), rel=0.03)
     assert losses(folder, "uniform-0") != pytest.approx(losses(folder, "base-0"), rel=0.1)
 
@@ -136,32 +136,39 @@ def test_a_second_run_reuses_everything(folder: Path) -> None:
 
 def test_changed_settings_score_again_what_they_concern_and_nothing_else(folder: Path) -> None:
     before = stamps(folder)
-    done = bake(folder, "--only", "uniform,linear-trained", "--set", "train.steps=2", "--set", "seeds=[0, 1]")
+    done = bake(folder, "--only", "uniform,linear", "--set", "train.steps=2", "--set", "seeds=[0, 1]")
     assert done.exit_code == 0
     after = stamps(folder)
     assert {name for name in after if after[name] != before.get(name)} == {
-        "linear-trained-0",
-        "linear-trained-1",
+        "linear-0",
+        "linear-1",
     }
     found = results(folder)["measures"]["loss"]
-    assert found["linear-trained"]["seeds"] == 2
+    assert found["linear"]["seeds"] == 2
     # Not asked for, but on disk and still valid: shown. X-LoRA had more steps: not shown.
     assert "context-fitted" in found
     assert "peft-xlora" not in found
 
 
-def test_a_method_that_breaks_is_named_and_the_rest_goes_on(folder: Path) -> None:
+def test_a_method_that_breaks_is_named_and_the_rest_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        registry._SCORERS, "broken", Broken
+    )  # for this test alone: others run over the registry
     (folder / "mine.yaml").write_text(
-        "mine: {mixture: {router: broken-for-the-bakeoff}}\n"
+        "mine: {mixture: {router: broken}}\n"
         "other: {mixture: {router: context}, fit: guesswork}\n"
+        "later: {mixture: {router: not_there_yet}}\n"
         "good: {mixture: {router: context, router_granularity: token}, fit: logistic}\n"
     )
-    done = bake(folder, "--only", "mine,other,good", "--methods-file", str(folder / "mine.yaml"))
+    done = bake(folder, "--only", "mine,other,later,good", "--methods-file", str(folder / "mine.yaml"))
     assert done.exit_code == 1
     found = results(folder)
     assert found["notes"]["mine"] == "failed: RuntimeError: no such luck"
     assert "no such luck" in (folder / "out" / "failures" / "mine.txt").read_text()
     assert found["notes"]["other"].startswith("not possible: PeftMoeError: method='guesswork'")
+    assert found["notes"]["later"].startswith("skipped: router 'not_there_yet' is not registered")
     assert found["failed"] == ["mine"]
     assert "good" in found["measures"]["loss"]
 

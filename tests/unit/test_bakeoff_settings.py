@@ -109,7 +109,7 @@ def test_the_table_of_methods() -> None:
     assert group["context-fitted"] == FITTED
     assert group["context-fitted-trained"] == group["peft-xlora"] == TRAINED
     assert group["one-wide-lora"] == RETRAINED
-    assert methods["linear-trained"].varies
+    assert methods["linear"].varies
     assert not methods["uniform"].varies
     assert methods["context-fitted-trained"].learning_rate == pytest.approx(2e-3)
 
@@ -132,6 +132,7 @@ def test_a_methods_file_adds_changes_and_removes(tmp_path) -> None:
         ({}, "has none of"),
         ({"mixture": {}, "merge": {}}, "must be one of them"),
         ({"mixture": {}, "trian": True}, "'trian' is not known. Did you mean 'train'"),
+        ({"mixture": {}, "train": {"steps": 9}}, "steps is the same for all"),
         ({"mixture": {}, "needs": "label"}, "Did you mean 'labels'"),
         ("uniform", "write it as"),
     ],

@@ -154,7 +154,7 @@ def test_advice_speaks_of_domains_without_an_expert() -> None:
     assert any("On news" in line and "+10.0 %" in line for line in lines)
 
 
-@pytest.mark.parametrize(("width", "number"), [(200, 1), (80, 2), (40, 4)])
+@pytest.mark.parametrize(("width", "number"), [(200, 1), (80, 2), (40, 5)])
 def test_tables_fit_the_console_and_hold_every_method(width, number) -> None:
     comparison = compare({"half": (NO_DATA, [scores(0.5, noise=0.3)])})
     found = tables(comparison, ROWS, Console(width=width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -114,11 +115,15 @@ class Workshop:
         from .training import train
 
         wide, plan = one.kind == "width", self.settings.train
+        samples = self.texts.train
+        if wide:  # no more than it will see: preparing all takes longer than a short training
+            seen = min(len(self.texts.pool), self.settings.width.steps * self.settings.width.batch_size)
+            samples = random.Random(seed).sample(self.texts.pool, seen)
         budget = self.settings.width if wide else plan
         return train(
             model,
             one.kind,
-            self.texts.pool if wide else self.texts.train,
+            samples,
             self.tokenizer,
             steps=budget.steps,
             batch_size=budget.batch_size,

@@ -106,7 +106,13 @@ def contestant(name: str, entry: Mapping[str, Any]) -> Contestant:
         raise PeftMoeError(f"method {name!r} has {kinds or 'none'} of {list(KINDS)}; it must be one of them")
     kind, fit, train = kinds[0], entry.get("fit"), entry.get("train", False)
     if kind == "width":
-        train = True
+        train = train or True
+    strange = sorted(set(train) - {"learning_rate"}) if isinstance(train, Mapping) else []
+    if strange:
+        raise PeftMoeError(
+            f"method {name!r}: train={dict(train)!r} may set its learning_rate alone; {strange[0]} is the "
+            "same for all, and stands in the settings"
+        )
     needs = entry.get("needs", "text" if train else "labels" if fit else "nothing")
     if needs not in _NEEDS:
         raise PeftMoeError(f"method {name!r}: needs={needs!r} is not known.{near_matches(needs, _NEEDS)}")

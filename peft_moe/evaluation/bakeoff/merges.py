@@ -56,7 +56,7 @@ def _put_widest_first(names: list[str], configs: Mapping[str, Any]) -> None:
     layers = [configs[name].layers_to_transform for name in names]
     if layers[0] is not None and any(other != layers[0] for other in layers):
         raise PeftMoeError(
-            f"layers_to_transform={layers} differ: PEFT would keep those of the first adapter and drop the rest"
+            f"layers_to_transform={layers} differ: PEFT would keep those of the first adapter alone"
         )
 
 

@@ -84,16 +84,11 @@ def tables(comparison: Comparison, rows: Sequence[Row], console: Console) -> lis
         if parts[-1] and sum(c.width for c in parts[-1]) + column.width > room:
             parts.append([])
         parts[-1].append(column)
-    loss = comparison.measure == "loss"
+    by, unit = ("loss", "% of its loss") if comparison.measure == "loss" else ("exact answers", "points")
+    title = f"% of the oracle's gain over the base, by {by}; *: no expert, change against the base in {unit}"
     found = []
     for part in parts:
-        found.append(
-            Table(
-                title=f"% of the oracle's gain over the base, by {'loss' if loss else 'exact answers'}; *: no "
-                f"expert, change against the base in {'% of its loss' if loss else 'points'}; [95 % interval]",
-                header_style="bold",
-            )
-        )
+        found.append(Table(title=f"{title}; [95 % interval]", header_style="bold"))
         found[-1].add_column(name.head)
         for column in part:
             found[-1].add_column(column.head, justify="right")

@@ -88,8 +88,9 @@ class Runner:
     def _one(self, one: Contestant, place: str, selected: bool) -> None:
         found, note = [], self._excused(one)
         if note is not None:
-            self._say(place, one.name, f"skipped: {note}", "yellow")
-            self.outcome.notes[one.name] = f"skipped: {note}"
+            if selected:
+                self._say(place, one.name, f"skipped: {note}", "yellow")
+                self.outcome.notes[one.name] = f"skipped: {note}"
             return
         for seed in self.settings.seeds if one.varies else (0,):
             path, settings = record_path(self.out, one, seed), self.prints.of(one, seed)
