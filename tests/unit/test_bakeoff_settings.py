@@ -20,7 +20,7 @@ from peft_moe.evaluation.bakeoff.contestants import (
     read_contestants,
 )
 from peft_moe.evaluation.bakeoff.records import Fingerprints, Record, read_record, write_record
-from peft_moe.evaluation.bakeoff.settings import read_settings, settings_from
+from peft_moe.evaluation.bakeoff.settings_file import read_settings, settings_from
 from peft_moe.evaluation.bakeoff.texts import MARKED, RUNNING, load_texts
 
 DOMAINS = ("law", "code", "news", "poems")

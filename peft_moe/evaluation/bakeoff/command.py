@@ -27,7 +27,7 @@ def bakeoff(
     the same command, or add methods later.
     """
     from .runner import run_bakeoff
-    from .settings import read_settings
+    from .settings_file import read_settings
 
     results = run_bakeoff(
         read_settings(config, settings or []),
