@@ -20,7 +20,7 @@ from peft_moe.demo import BASE_NAME, asset_path
 from peft_moe.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, EXPERTS, generate, write_jsonl
 
 GENERIC, UNSEEN = "base's skills", "unseen skills"
-TRAIN, TEST = 5000, 200
+TRAIN, TEST = 5000, 100
 
 
 def write_settings(out: Path, train: int = TRAIN, test: int = TEST) -> Path:
@@ -38,7 +38,7 @@ def write_settings(out: Path, train: int = TRAIN, test: int = TEST) -> Path:
             "train_records": 150,
             "generic_records": 150 * len(EXPERTS),  # as many of the base's skills as of all experts together
             "test_records": test,
-            "mixed_per_pair": 10,
+            "mixed_per_pair": 5,
         },
         "train": {"steps": 150, "batch_size": 32, "learning_rate": 1.0e-2, "max_length": None},
         # Each expert had 500 steps of 2,048 tokens, half of them questions of its own skill, about 32; as

@@ -27,7 +27,7 @@ def write_settings(runs: Path, out: Path) -> Path:
         "experts": {name: str((runs / name).resolve()) for name in EXPERTS},
         "domains": str((runs / "data").resolve()),
         "unseen": ["science"],
-        "texts": {"train_records": 150, "test_records": 60, "mixed_per_pair": 2, "mixed_chars": 300},
+        "texts": {"train_records": 150, "test_records": 40, "mixed_per_pair": 2, "mixed_chars": 300},
         "train": {"steps": 100, "batch_size": 8, "learning_rate": 5.0e-3, "max_length": 256, "bf16": True},
         # Six experts had 500 steps of 4 each; width.steps=3000 is as many, and most of an hour.
         "width": {"steps": 0, "batch_size": 4, "learning_rate": 2.0e-3},

@@ -23,6 +23,12 @@ LOOKS = {
 }
 
 
+LOOSE = ("generic", "unseen")
+FLOOR = -100.0
+"""Shares below it are marked at the edge: a sum of strong experts may lie far down, and the rest must stay
+readable."""
+
+
 def plot(comparison: Comparison, rows: Sequence[Row], path: Path) -> None:
     """Write a PNG with one line per method, best on top, and 95 % intervals."""
     methods = comparison.ranked()[::-1]
@@ -48,9 +54,6 @@ def _panels(comparison: Comparison, rows: Sequence[Row]) -> list[tuple[str, str]
     return found
 
 
-LOOSE = ("generic", "unseen")
-
-
 def _panel(axis: Any, methods: Sequence[Standing], row: str) -> None:
     for place, one in enumerate(methods):
         found = one.shares.get(row, one.changes.get(row))
@@ -59,11 +62,12 @@ def _panel(axis: Any, methods: Sequence[Standing], row: str) -> None:
         e: Estimate = found.scaled(100)
         colour, mark = LOOKS[one.group]
         axis.plot([e.low, e.high], [place, place], color=colour, linewidth=1.5)
-        axis.plot(e.value, place, mark, color=colour, markersize=5)
+        off = row in (MEAN, RUNNING) and e.value < FLOOR
+        where, how = (FLOOR, "<") if off else (e.value, mark)
+        axis.plot(where, place, how, color=colour, markersize=5, clip_on=False)
     axis.axvline(0, color="black", linewidth=0.8)
     if row in (MEAN, RUNNING):
         axis.axvline(100, color="black", linewidth=0.8, linestyle=":")
-        # A sum of strong experts may lie far below zero; the rest must stay readable.
-        axis.set_xlim(left=max(axis.get_xlim()[0], -100.0), right=max(axis.get_xlim()[1], 105.0))
+        axis.set_xlim(left=max(axis.get_xlim()[0], FLOOR), right=max(axis.get_xlim()[1], 105.0))
     axis.grid(axis="x", alpha=0.3)
     axis.tick_params(axis="x", labelsize=8)
