@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import PeftMoeError
+from .evaluation.bakeoff.command import bakeoff
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Mix trained LoRA adapters into one model."
@@ -75,6 +76,9 @@ def routers(
 def wide_console() -> Console:
     """A console that does not squeeze tables into 80 columns where nobody said how wide it is."""
     return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+app.command()(bakeoff)
 
 
 def run() -> None:

@@ -45,8 +45,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     6: ("cli", "demo", "__init__", "__main__"),
 }
 MAX_FILE, MAX_FUNCTION = 300, 60
-# Packages that only some files may import. The demo takes trl's SFTConfig, which MoLoraSFTTrainer needs.
-ONLY_IN = {"trl": ("training", "demo.methods")}
+# Packages that only some files may import. Demo and bake-off take trl's SFTConfig, which trainers need.
+ONLY_IN = {"trl": ("training", "demo.methods", "evaluation.bakeoff.training")}
 NOT_ON_IMPORT = ("trl", "sklearn", "datasets", "matplotlib")
 
 

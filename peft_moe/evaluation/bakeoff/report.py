@@ -1,0 +1,177 @@
+"""What a bake-off writes: a table, results.csv, results.png, report.txt, and the data of results.json."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .advice import advise
+from .contestants import REFERENCE
+from .runner import Outcome
+from .settings import Settings
+from .standings import MEAN, Comparison, Standing
+from .statistics import Estimate
+from .texts import MARKED, RUNNING, Row
+
+HEADS = {MEAN: "mean of\ndomains", MARKED: "two domains\nmarked", RUNNING: "behind\nthe switch"}
+WIDE = (MEAN, RUNNING)
+"""Columns that show their interval; those of the others are in the files."""
+
+
+def report(
+    settings: Settings, rows: Sequence[Row], outcome: Outcome, out: Path, console: Console
+) -> dict[str, Any]:
+    """Print the table and the advice, write the files, and return the results as plain data."""
+    comparisons = {
+        measure: Comparison(outcome.contestants, outcome.records, rows, measure, settings.score.draws)
+        for measure in settings.score.measures
+    }
+    advice = advise(comparisons[settings.score.measures[0]])
+    with (out / "report.txt").open("w", encoding="utf-8") as file:
+        for target in (console, Console(file=file, width=240)):
+            for comparison in comparisons.values():
+                for part in tables(comparison, rows, target):
+                    target.print(part)
+            for name, note in outcome.notes.items():
+                target.print(f"{name}: {note}", markup=False, highlight=False)
+            for line in advice:
+                target.print(f"• {line}", markup=False, highlight=False)
+    write_csv(out / "results.csv", comparisons)
+    drawn = _plot(comparisons[settings.score.measures[0]], rows, out / "results.png", console)
+    files = ["results.json", "results.csv", "report.txt", *(["results.png"] if drawn else [])]
+    console.print(f"Kept in {out}: {', '.join(files)}.", highlight=False)
+    return {
+        "measures": {measure: _plain(comparison) for measure, comparison in comparisons.items()},
+        "advice": advice,
+        "notes": outcome.notes,
+        "failed": outcome.failed,
+        "reused": outcome.reused,
+    }
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading and one cell per method."""
+
+    head: str
+    cells: list[str]
+
+    @property
+    def width(self) -> int:
+        """Characters, with the frame."""
+        return max(cell_len(line) for text in (self.head, *self.cells) for line in text.split("\n")) + 3
+
+
+def tables(comparison: Comparison, rows: Sequence[Row], console: Console) -> list[Table]:
+    """One table where the console is wide enough, else several with the methods' names in each.
+
+    References stand on top, methods follow by their mean share.
+    """
+    references = [s for s in comparison.standings.values() if s.group == REFERENCE]
+    lines = [*references, *comparison.ranked()]
+    name = Column("method", [s.name + (f" ({s.seeds} seeds)" if s.seeds > 1 else "") for s in lines])
+    parts: list[list[Column]] = [[]]
+    room = console.width - name.width - 1
+    for column in columns(lines, comparison, rows):
+        if parts[-1] and sum(c.width for c in parts[-1]) + column.width > room:
+            parts.append([])
+        parts[-1].append(column)
+    by, unit = ("loss", "% of its loss") if comparison.measure == "loss" else ("exact answers", "points")
+    title = f"% of the oracle's gain over the base, by {by}; *: no expert, change against the base in {unit}"
+    found = []
+    for part in parts:
+        found.append(Table(title=f"{title}; [95 % interval]", header_style="bold"))
+        found[-1].add_column(name.head)
+        for column in part:
+            found[-1].add_column(column.head, justify="right")
+        for number, one in enumerate(lines):
+            cells = [Text(column.cells[number]) for column in (name, *part)]
+            style = "dim" if one.group == REFERENCE else ""
+            found[-1].add_row(*cells, style=style, end_section=one is references[-1])
+    return found
+
+
+def columns(lines: Sequence[Standing], comparison: Comparison, rows: Sequence[Row]) -> list[Column]:
+    """The group, shares, changes and costs of the methods."""
+    kinds = {kind: [row.name for row in rows if row.kind == kind] for kind in ("expert", "mixed")}
+    mean = [MEAN] if comparison.gainful else []
+    made = [one.cost.tokens_per_second > 0 for one in lines]
+    return [
+        Column("group", [one.group for one in lines]),
+        *(
+            Column(HEADS.get(row, row), [_share(one.shares[row], row in WIDE) for one in lines])
+            for row in (*kinds["expert"], *mean, *kinds["mixed"])
+        ),
+        *(
+            Column(f"{row.name}*", [_change(one.changes[row.name]) for one in lines])
+            for row in rows
+            if row.kind in ("generic", "unseen")
+        ),
+        Column("trained\nparameters", [f"{s.cost.trainable:,}" if s.cost.trainable else "–" for s in lines]),
+        Column(
+            "seconds\nto make",
+            [f"{s.cost.seconds:.0f}" if m else "–" for s, m in zip(lines, made, strict=True)],
+        ),
+        Column(
+            "tokens/s\nscoring",
+            [f"{s.cost.tokens_per_second:,.0f}" if m else "–" for s, m in zip(lines, made, strict=True)],
+        ),
+    ]
+
+
+def _share(estimate: Estimate, wide: bool) -> str:
+    e = estimate.scaled(100)
+    if not wide or e.low == e.high:
+        return f"{e.value:.0f}"
+    return f"{e.value:.0f} [{e.low:.0f}, {e.high:.0f}]"
+
+
+def _change(estimate: Estimate) -> str:
+    # Where the base hardly errs, a loss may grow a thousandfold.
+    value = estimate.value
+    return f"×{1 + value:,.0f}" if value > 10 else f"{100 * value:+.1f}"
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    return {
+        name: {
+            "group": one.group,
+            "seeds": one.seeds,
+            "values": {row: asdict(e) for row, e in one.values.items()},
+            "shares": {row: asdict(e) for row, e in one.shares.items()},
+            "changes": {row: asdict(e) for row, e in one.changes.items()},
+            "cost": asdict(one.cost),
+        }
+        for name, one in comparison.standings.items()
+    }
+
+
+def write_csv(path: Path, comparisons: dict[str, Comparison]) -> None:
+    """One line per measure, method, row and quantity."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["measure", "method", "group", "seeds", "row", "quantity", "value", "low", "high"])
+        for measure, comparison in comparisons.items():
+            for one in comparison.standings.values():
+                for quantity in ("values", "shares", "changes"):
+                    for row, e in getattr(one, quantity).items():
+                        place = [measure, one.name, one.group, one.seeds, row, quantity.removesuffix("s")]
+                        writer.writerow([*place, e.value, e.low, e.high])
+
+
+def _plot(comparison: Comparison, rows: Sequence[Row], path: Path, console: Console) -> bool:
+    try:
+        from .plot import plot
+    except ImportError:
+        console.print("No picture: matplotlib is missing; pip install 'peft-moe[bakeoff]'", markup=False)
+        return False
+    plot(comparison, rows, path)
+    return True

@@ -1,0 +1,136 @@
+"""Settings from YAML, from ``key=value`` texts, or from plain data.
+
+A whole file; all but the first three keys have defaults::
+
+    base: models/small
+    experts: {law: adapters/law, code: me/code-lora}      # folders, or ids on the Hub
+    domains: data               # data/<domain>/{train,test}.jsonl with prompt and completion; or a mapping
+    unseen: [poems]             # of the domains without an expert, those that are not trained on either
+    seeds: [0, 1, 2]
+    texts: {train_records: 150, test_records: 60, mixed_per_pair: 2, mixed_chars: 300}
+    train: {steps: 100, batch_size: 8, learning_rate: 5.0e-3, max_length: 256, bf16: false}
+    width: {steps: 1000, batch_size: 8, learning_rate: 2.0e-4}
+    score: {measures: [loss, exact], batch_size: 16, max_length: 512, draws: 2000}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...errors import PeftMoeError, near_matches
+from .settings import Domain, ScorePlan, Settings, TextPlan, TrainPlan, WidthPlan
+
+Part = TypeVar("Part")
+
+
+def read_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a YAML file, from ``key=value`` texts, or from both.
+
+    Args:
+        path: of the file; relative paths in it start from its folder.
+        overrides: such as ``train.steps=5``; values are YAML, and paths start from the working directory.
+
+    Raises:
+        PeftMoeError: an unknown key, a missing one, a file that is not there.
+    """
+    import yaml
+
+    raw: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise PeftMoeError(f"{path}: no such file; write the settings there, or use --set key=value")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(raw, dict):
+            raise PeftMoeError(f"{path} holds a {type(raw).__name__}, not keys and values")
+        _anchor(raw, path.parent)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise PeftMoeError(f"--set {text!r} has no '='; write it as --set train.steps=50")
+        _put(raw, key.strip().split("."), yaml.safe_load(value))
+    return settings_from(raw)
+
+
+def settings_from(raw: Mapping[str, Any]) -> Settings:
+    """Settings from plain data.
+
+    Raises:
+        PeftMoeError: as :func:`read_settings`.
+    """
+    values = dict(raw)
+    unseen = values.pop("unseen", None) or []
+    if "domains" in values:
+        values["domains"] = _domains(values["domains"], unseen)
+    for name, part in (("texts", TextPlan), ("train", TrainPlan), ("width", WidthPlan), ("score", ScorePlan)):
+        values[name] = _build(part, values.get(name) or {}, f"{name}.")
+    if "seeds" in values:
+        seeds = values["seeds"]
+        values["seeds"] = tuple(seeds) if isinstance(seeds, list | tuple) else (int(seeds),)
+    if "experts" in values:
+        values["experts"] = {str(name): str(source) for name, source in values["experts"].items()}
+    return _build(Settings, values, "")
+
+
+def _build(cls: type[Part], values: Mapping[str, Any], place: str) -> Part:
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise PeftMoeError(f"{place}{key} is not known.{near_matches(key, fields)}")
+    nothing = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = [n for n, f in fields.items() if n not in values and (f.default, f.default_factory) == nothing]
+    if missing:
+        raise PeftMoeError(f"{place or 'the settings'} lack {missing}; add them to the file, or use --set")
+    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def _domains(given: Any, unseen: Sequence[str]) -> dict[str, Domain]:
+    if isinstance(given, Mapping):
+        found = {name: _build(Domain, files, f"domains.{name}.") for name, files in given.items()}
+        found = {n: Domain(Path(d.test), Path(d.train) if d.train else None) for n, d in found.items()}
+    else:
+        folders = sorted(p.parent for p in Path(given).glob("*/test.jsonl"))
+        found = {
+            p.name: Domain(p / "test.jsonl", p / "train.jsonl" if (p / "train.jsonl").is_file() else None)
+            for p in folders
+        }
+        if not found:
+            raise PeftMoeError(f"domains={given!r}: no <domain>/test.jsonl in that folder")
+    for name in unseen:
+        if name not in found:
+            raise PeftMoeError(f"unseen={name!r} is no domain.{near_matches(name, found)}")
+        found[name] = Domain(found[name].test)
+    for domain in found.values():
+        for path in (domain.test, domain.train):
+            if path is not None and not path.is_file():
+                raise PeftMoeError(f"{path}: no such file (working directory: {Path.cwd()})")
+    return found
+
+
+def _anchor(raw: dict[str, Any], folder: Path) -> None:
+    """Make the file's relative paths start from its folder; what does not lie there is left (Hub ids)."""
+
+    def near(value: Any) -> Any:
+        found = isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists()
+        return str(folder / value) if found else value
+
+    raw["base"] = near(raw.get("base")) if "base" in raw else None
+    if raw["base"] is None:
+        raw.pop("base")
+    for key in ("experts", "domains"):
+        if isinstance(raw.get(key), dict):
+            raw[key] = {
+                n: {k: near(p) for k, p in v.items()} if isinstance(v, dict) else near(v)
+                for n, v in raw[key].items()
+            }
+        elif key in raw:
+            raw[key] = near(raw[key])
+
+
+def _put(raw: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = raw.get(key)
+        raw = raw.setdefault(key, {}) if inner is None or isinstance(inner, dict) else {}
+    raw[keys[-1]] = value

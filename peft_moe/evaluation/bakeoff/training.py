@@ -1,0 +1,93 @@
+"""Training by TRL, quiet: the same arguments for mixtures, X-LoRA and one wide LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from ...training import MoLoraSFTTrainer
+from .texts import Sample
+
+LOGGED = 20
+
+
+class FullLogitsTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
+    """For models that need the base's hidden states in their forward pass (X-LoRA).
+
+    TRL's own loss goes through a fused language-model head whose output has none.
+    """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's own loss."""
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+TRAINERS = {"mixture": MoLoraSFTTrainer, "xlora": FullLogitsTrainer, "width": SFTTrainer}
+
+
+def train(
+    model: Any,
+    kind: str,
+    samples: list[Sample],
+    tokenizer: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    max_length: int | None,
+    bf16: bool,
+    seed: int,
+    out: Path,
+) -> list[float]:
+    """Train what the model leaves trainable.
+
+    Args:
+        model: a PeftModel.
+        kind: a key of `TRAINERS`.
+        samples: with prompt, completion and domain.
+        tokenizer: of the base.
+        steps, batch_size, learning_rate, max_length, bf16: as in ``SFTConfig``; cosine decay.
+        seed: of the order of samples.
+        out: folder for the trainer's own files.
+
+    Returns:
+        The training loss, about `LOGGED` values, each a mean since the one before.
+    """
+    disable_progress_bars()
+    cpu = next(model.parameters()).device.type == "cpu"
+    args = SFTConfig(
+        str(out),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_length=max_length,
+        bf16=bf16,
+        seed=seed,
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        gradient_checkpointing=False,
+        logging_steps=max(1, steps // LOGGED),
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list([dict(sample) for sample in samples])
+    if kind != "mixture":
+        data = data.remove_columns("domain")
+    trainer = TRAINERS[kind](model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
