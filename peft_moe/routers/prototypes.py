@@ -23,8 +23,9 @@ class CentroidScorer(Scorer):
     """Cosine with the mean input of each expert's examples, as seen from an origin: z = cos(x − o, c).
 
     What mergekit (arXiv 2403.13257) does in its ``gate_mode: hidden`` with the mean hidden states of
-    positive minus negative prompts. Hidden states share a large common part, which would make all cosines alike; the origin
-    takes it out. ``fit_router(method="centroid")`` fills both; zero prototypes score all experts alike.
+    positive minus negative prompts. Hidden states share a large common part, which would make all cosines
+    alike; the origin takes it out. ``fit_router(method="centroid")`` fills both; zero prototypes score
+    all experts alike.
     The null expert has a prototype of its own.
     """
 

@@ -59,11 +59,12 @@ def watched(scope: str, name: str) -> str:
 
 
 def followed(x: Tensor, prompt: int, half_life: float = 8.0) -> Tensor:
-    """The prompt's mean at its tokens, a running mean behind them."""
-    out = [x[:prompt].mean(0)] * prompt
-    for token in x[prompt:]:
-        share = 0.5 ** (1 / half_life)
-        out.append(share * out[-1] + (1 - share) * token)
+    """The prompt's mean, once, and a running mean behind it: after 1, 2, 4 tokens and every half-life."""
+    share, running = 0.5 ** (1 / half_life), x[:prompt].mean(0)
+    out = [running]
+    for number, token in enumerate(x[prompt:], start=1):
+        running = share * running + (1 - share) * token
+        out += [running] if number in {1, 2, 4} or number % half_life == 0 else []
     return torch.stack(out)
 
 
