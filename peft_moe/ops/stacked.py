@@ -17,9 +17,12 @@ def mix_stacked(
 ) -> Tensor:
     """``base + ((x Aᵀ) ∘ gates per rank) B``; arguments and result as in :func:`mix_reference`.
 
-    The products run in the experts' dtype, the sum is taken once, in the dtype of ``base_NO``.
+    The products run in the wider dtype of input and experts, as in PEFT; the sum is taken once, in the
+    dtype of ``base_NO``.
     """
-    h_NR = functional.linear(x_NI.to(A_RI.dtype), A_RI)
+    wide = torch.promote_types(x_NI.dtype, A_RI.dtype)
+    A_RI, B_RO = A_RI.to(wide), B_RO.to(wide)
+    h_NR = functional.linear(x_NI.to(wide), A_RI)
     # Gates are scaled in float32 and rounded once.
     h_NR = h_NR * ranks.expand(gates_NE).to(h_NR.dtype)
     if base_NO.dtype == h_NR.dtype == B_RO.dtype:

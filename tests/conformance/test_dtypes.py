@@ -187,3 +187,20 @@ def test_nf4_base_merges_constant_gates_no_worse_than_peft(zoo: Zoo, four_bit) -
     ours, peft = (logits_of(m.merge_and_unload(), batch) for m in (model, plain))
     # Both round the merged weight to 4 bits again; the same rounding of the same sum.
     assert rms(ours - exact) <= SLACK * rms(peft - exact)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_bf16_adapters_on_a_float32_base_lose_nothing(zoo: Zoo, name: str) -> None:
+    """PEFT widens them to float32; ours stay as they are, and are widened in the product."""
+    batch = batch_for(name, texts())
+    folder = zoo.adapter(name, "wide-in-bf16", RECIPES["wide"], torch.bfloat16)
+    model = zoo.mixture(
+        name,
+        "dense",
+        experts={"a": folder, "b": zoo.adapter(name, "narrow-in-bf16", RECIPES["narrow"], torch.bfloat16)},
+    )
+    choose(model, 0)
+    plain = PeftModel.from_pretrained(zoo.base(name), folder).eval()
+    torch.testing.assert_close(logits_of(model, batch), logits_of(plain, batch), atol=1e-5, rtol=1e-5)
+    kinds = {m.molora_A["default"].weight.dtype for m in model.modules() if isinstance(m, MoLoraLayer)}
+    assert kinds == {torch.bfloat16}
