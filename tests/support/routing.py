@@ -42,7 +42,8 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "running-block": {"router": "linear", "router_scope": "block", **RUNNING},
     # Other scorers and selections.
     "mlp": {"router": "mlp", "router_hidden_size": 6},
-    "top-p": {"router": "linear", "topk_method": "top_p", "top_p": 0.6},
+    # 0.9 keeps two experts or more: where every token keeps one alone, its gate is 1 and no router learns.
+    "top-p": {"router": "linear", "topk_method": "top_p", "top_p": 0.9},
     "sigmoid-top2": {"router": "deepseek_v3"},
     "static": {"router": "static", "router_scope": "block"},
 }
