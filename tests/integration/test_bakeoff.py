@@ -11,9 +11,10 @@ import yaml
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from peft_moe import Scorer
+from peft_moe import PeftMoeError, Scorer
 from peft_moe.cli import app
 from peft_moe.demo import BASE_NAME, asset_path
+from peft_moe.evaluation.bakeoff.contestants import contestant
 from peft_moe.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, generate, write_jsonl
 from peft_moe.routers import registry
 
@@ -177,3 +178,26 @@ def test_a_pattern_without_a_method_is_refused(folder: Path) -> None:
     done = bake(folder, "--only", "unifrom")
     assert done.exit_code != 0
     assert "'unifrom' matches no method" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "option", [{"generic_share": 0.8}, {"domain_randomisation": 1.0}, {"switching_share": 0.5}]
+)
+def test_robustness_options_of_a_method_change_what_it_learns(
+    folder: Path, tmp_path: Path, option: dict[str, float]
+) -> None:
+    mixture = {"router": "linear", "null_expert": True, "router_label_loss_coef": 1.0}
+    methods = {"plain": {"mixture": mixture, "train": True}, "robust": {"mixture": mixture, "train": option}}
+    (tmp_path / "methods.yaml").write_text(yaml.safe_dump(methods))
+    done = bake(folder, "--methods-file", str(tmp_path / "methods.yaml"), "--only", "plain,robust")
+    assert done.exit_code == 0, done.output
+    assert losses(folder, "plain-0") != losses(folder, "robust-0")
+    for name in methods:
+        (folder / "out" / "scores" / f"{name}-0.json").unlink()
+
+
+def test_robustness_options_are_for_mixtures() -> None:
+    with pytest.raises(PeftMoeError, match="switching_share"):
+        contestant("wide", {"width": {}, "train": {"switching_share": 0.5}})
+    with pytest.raises(PeftMoeError, match="Did you mean 'switching_share'"):
+        contestant("typo", {"mixture": {}, "train": {"switching_shar": 0.5}})

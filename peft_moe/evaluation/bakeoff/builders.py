@@ -130,6 +130,7 @@ class Workshop:
             learning_rate=one.learning_rate or budget.learning_rate,
             max_length=plan.max_length,
             bf16=plan.bf16,
+            robust=one.robust,
             seed=seed,
             out=self.out,
         )

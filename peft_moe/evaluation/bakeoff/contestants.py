@@ -20,6 +20,7 @@ EFFORT = (NO_DATA, FITTED, TRAINED, RETRAINED)
 """Groups of methods, from the least to the most that they ask for."""
 _NEEDS = {"nothing": NO_DATA, "labels": FITTED, "text": TRAINED}
 _KEYS = (*KINDS, "fit", "train", "varies", "needs")
+_ROBUST = ("generic_share", "domain_randomisation", "switching_share")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Contestant:
         fit: arguments of ``fit_router`` (its ``method``), or None.
         train: whether it is trained by gradient.
         learning_rate: its own, or None for that of all.
+        robust: a mixture's own options of ``training.robustness``, by name.
         varies: whether it runs once per seed.
         group: one of `EFFORT`, or `REFERENCE`.
     """
@@ -43,6 +45,7 @@ class Contestant:
     fit: dict[str, Any] | None = None
     train: bool = False
     learning_rate: float | None = None
+    robust: dict[str, float] = field(default_factory=dict)
     varies: bool = False
     group: str = REFERENCE
 
@@ -53,7 +56,7 @@ class Contestant:
 
     def identity(self) -> dict[str, Any]:
         """What decides its scores, as plain data."""
-        skipped = ("name", "varies", "group")
+        skipped = ("name", "varies", "group", *(() if self.robust else ("robust",)))
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 
@@ -107,12 +110,8 @@ def contestant(name: str, entry: Mapping[str, Any]) -> Contestant:
     kind, fit, train = kinds[0], entry.get("fit"), entry.get("train", False)
     if kind == "width":
         train = train or True
-    strange = sorted(set(train) - {"learning_rate"}) if isinstance(train, Mapping) else []
-    if strange:
-        raise PeftMoeError(
-            f"method {name!r}: train={dict(train)!r} may set its learning_rate alone; {strange[0]} is the "
-            "same for all, and stands in the settings"
-        )
+    own = dict(train) if isinstance(train, Mapping) else {}
+    _check_own(name, kind, own)
     needs = entry.get("needs", "text" if train else "labels" if fit else "nothing")
     if needs not in _NEEDS:
         raise PeftMoeError(f"method {name!r}: needs={needs!r} is not known.{near_matches(needs, _NEEDS)}")
@@ -122,10 +121,21 @@ def contestant(name: str, entry: Mapping[str, Any]) -> Contestant:
         fields=dict(entry[kind] or {}),
         fit={"method": fit} if isinstance(fit, str) else fit,
         train=bool(train),
-        learning_rate=float(train["learning_rate"]) if isinstance(train, Mapping) else None,
+        learning_rate=float(own["learning_rate"]) if "learning_rate" in own else None,
+        robust={key: float(own[key]) for key in _ROBUST if key in own},
         varies=bool(entry.get("varies", train)),
         group=RETRAINED if kind == "width" else _NEEDS[needs],
     )
+
+
+def _check_own(name: str, kind: str, own: Mapping[str, Any]) -> None:
+    allowed = ("learning_rate", *(_ROBUST if kind == "mixture" else ()))
+    strange = sorted(set(own) - set(allowed))
+    if strange:
+        raise PeftMoeError(
+            f"method {name!r}: train={dict(own)!r} may set {list(allowed)}; {strange[0]!r} is the same for "
+            f"all, and stands in the settings, or is not known.{near_matches(strange[0], allowed)}"
+        )
 
 
 def not_yet(one: Contestant) -> str | None:

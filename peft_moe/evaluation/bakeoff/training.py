@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ...training import MoLoraSFTTrainer
+from ...training import MoLoraSFTTrainer, robustness
 from .texts import Sample
 
 LOGGED = 20
@@ -47,6 +48,7 @@ def train(
     learning_rate: float,
     max_length: int | None,
     bf16: bool,
+    robust: Mapping[str, float],
     seed: int,
     out: Path,
 ) -> list[float]:
@@ -58,7 +60,8 @@ def train(
         samples: with prompt, completion and domain.
         tokenizer: of the base.
         steps, batch_size, learning_rate, max_length, bf16: as in ``SFTConfig``; cosine decay.
-        seed: of the order of samples.
+        robust: options of ``training.robustness`` by name; of mixtures alone.
+        seed: of the order of samples, and of what those options draw.
         out: folder for the trainer's own files.
 
     Returns:
@@ -87,7 +90,16 @@ def train(
     data = Dataset.from_list([dict(sample) for sample in samples])
     if kind != "mixture":
         data = data.remove_columns("domain")
+    if robust:
+        config = model.peft_config[model.active_adapter]
+        randomised = robust.get("domain_randomisation", 0.0)
+        robustness.check_random_domains(config, randomised)
+        data = robustness.with_generic_share(data, robust.get("generic_share"), config.expert_names, seed)
+        data = robustness.with_random_domains(data, randomised, seed)
     trainer = TRAINERS[kind](model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.train_dataset = robustness.with_switches(
+        trainer.train_dataset, robust.get("switching_share", 0.0), seed, max_length
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
