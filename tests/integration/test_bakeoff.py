@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 from peft_moe import PeftMoeError, Scorer
 from peft_moe.cli import app
 from peft_moe.demo import BASE_NAME, asset_path
-from peft_moe.evaluation.bakeoff.contestants import contestant
 from peft_moe.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, generate, write_jsonl
+from peft_moe.evaluation.bakeoff.contestants import contestant
 from peft_moe.routers import registry
 
 # One with rank-stabilised scaling first, ranks 8 and 16, one that adapts attention only.
