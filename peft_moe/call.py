@@ -61,7 +61,12 @@ def read_call(call: dict[str, Any], *, causal: bool, given: tuple[int, int] | No
         context.input_ids = tokens
     inputs = current_inputs()
     if inputs is not None and inputs.domains is not None:
-        context.domains = _per_row(inputs.domains.to(tokens.device), shape[0], "domains", given)
+        domains = inputs.domains.to(tokens.device)
+        if domains.dim() == 2 and domains.shape[1] != shape[1]:
+            raise PeftMoeError(
+                f"domains is {tuple(domains.shape)}, this call has {shape} tokens; give columns [B] or [B, T]"
+            )
+        context.domains = _per_row(domains, shape[0], "domains", given)
     if inputs is not None and inputs.gates is not None:
         gates = torch.as_tensor(inputs.gates, dtype=torch.float32, device=tokens.device)
         if gates.dim() != 2 and not (gates.dim() == 3 and gates.shape[1] == shape[1]):

@@ -100,9 +100,8 @@ def _cost(config: MoLoraConfig) -> str:
         return f"a small product per {config.router_scope}"
     if config.router_tap == 0:
         return "nothing: the embeddings are at hand"
-    share = "a third of" if config.router_granularity == "running" else "half"
     once = config.router_granularity == "sequence" or config.router_below_tap == "prompt"
-    return f"{share} a forward pass of the bare base, " + ("at prefill only" if once else "in every step")
+    return "half a forward pass of the bare base, " + ("at prefill only" if once else "in every step")
 
 
 def as_markdown(rows: list[CatalogueRow]) -> str:

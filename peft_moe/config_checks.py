@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .errors import PeftMoeError, near_matches
 from .loss_checks import check_losses, check_selection
 from .routers import RouterSettings, Scorer
+from .routing_fields import DEFAULTS
 
 if TYPE_CHECKING:
     from .config import MoLoraConfig
@@ -107,7 +108,7 @@ def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Sco
             "router_granularity='token'; set router_granularity='sequence'",
         ),
         "router_window": (
-            settings.window != 8.0 and settings.granularity != "running",
+            settings.window != DEFAULTS["router_window"] and settings.granularity != "running",
             f"router_granularity={settings.granularity!r}; set router_granularity='running'",
         ),
         "router_granularity": (settings.granularity != "token" and not reads_hidden, blind),

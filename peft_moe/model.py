@@ -256,9 +256,7 @@ def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, st
         )
     if config.router_scope != "model":
         return None, ""
-    # A running decision is probed in every step, and knows its subject early.
-    default = 1 / 3 if config.router_granularity == "running" else 0.5
-    tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap), default)
+    tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap))
     if config.scorer.reads_input and config.scorer.reads_hidden:
         config.router_tap = tap.index
     return tap, stack

@@ -13,7 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "router_scope": "module",
     "router_granularity": "token",
     "router_pool": "mean",
-    "router_window": 8.0,
+    "router_window": 12.0,
     "router_below_tap": "probe",
     "router_input_norm": False,
     "router_temperature": 1.0,
@@ -45,8 +45,7 @@ class RoutingFields:
             (the layers of one attention or feed-forward module share what its first one decides), or
             "model" (one decision for all layers, taken where the tap is).
         router_tap: for scope "model": the decoder layer whose input is read, an index or a module
-            name. Default: the middle layer; of a running decision, after a third of the layers. 0 reads
-            the embeddings.
+            name. Default: the middle layer. 0 reads the embeddings.
         router_below_tap: for scope "model", what the layers below the tap do. "probe": the bare base
             first runs up to the tap, then all layers are adapted; it costs tap/layers of a prefill
             for a decision per prompt, and as much of every decoding step for one per token. "base":

@@ -59,14 +59,13 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outermost, key=lambda stack: len(stack[1]))
 
 
-def find_tap(model: nn.Module, where: int | str | None, below: str, default: float = 0.5) -> tuple[Tap, str]:
+def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap, str]:
     """Resolve ``router_tap``.
 
     Args:
         model: the base.
         where: an index into the main stack, the name of a layer of it, or None for the default.
         below: "probe", "base" or "prompt".
-        default: depth of the default tap, as a share of the stack.
 
     Returns:
         The tap and the stack's name.
@@ -76,7 +75,7 @@ def find_tap(model: nn.Module, where: int | str | None, below: str, default: flo
     """
     stack_name, stack = find_stack(model)
     names = [f"{stack_name}.{index}" for index in range(len(stack))]
-    index = int(len(stack) * default) if where is None else where
+    index = len(stack) // 2 if where is None else where
     if isinstance(index, str):
         if index not in names:
             raise PeftMoeError(f"router_tap={index!r} is no layer of the base.{near_matches(index, names)}")

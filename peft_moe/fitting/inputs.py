@@ -191,9 +191,8 @@ class InputReader:
 
 
 def _apart(prompt_BT: Tensor, window: float) -> Tensor:
-    """One token of the prompt, which share a summary; 1, 2, 4, … tokens behind it; one per half-life."""
+    """One token of the prompt, which share a summary; one half-life behind it; then two of each."""
     behind_BT = (~prompt_BT).cumsum(-1)
     first_BT = prompt_BT & (prompt_BT.cumsum(-1) == 1)
-    stride = max(1, round(window))
-    early_BT = (behind_BT < stride) & (behind_BT & (behind_BT - 1) == 0)
-    return first_BT | (~prompt_BT & (early_BT | (behind_BT % stride == 0)))
+    early_BT = behind_BT <= round(window)
+    return first_BT | (~prompt_BT & (early_BT | (behind_BT % max(1, round(window / 2)) == 0)))

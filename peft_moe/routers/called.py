@@ -25,7 +25,9 @@ def _domains(context: RoutingContext | None, name: str) -> Tensor:
             f"router={name!r} needs to be told each sequence's domain, also when it generates: run inside "
             "routing_inputs(domains=…), or train with a `domain` column"
         )
-    return context.domains
+    domains = context.domains
+    # One per sequence serves all of its tokens.
+    return domains[:, None] if domains.dim() == 1 else domains
 
 
 @register_router("oracle")
@@ -41,10 +43,10 @@ class OracleScorer(Scorer):
         return x.new_zeros(*x.shape[:-1], self.settings.num_columns)
 
     def score(self, x: Tensor, context: RoutingContext | None) -> Tensor:
-        domains_B = _domains(context, "oracle").to(x.device)
+        domains_BT1 = _domains(context, "oracle").to(x.device)[..., None]
         columns_X = torch.arange(self.settings.num_columns, device=x.device)
-        wrong_BX = (domains_B[:, None] != columns_X) & (domains_B[:, None] >= 0)
-        return torch.where(wrong_BX, _NEVER, 0.0).to(x.dtype)[:, None]
+        wrong_BTX = (domains_BT1 != columns_X) & (domains_BT1 >= 0)
+        return torch.where(wrong_BTX, _NEVER, 0.0).to(x.dtype)
 
 
 @register_router("poly")
@@ -68,13 +70,13 @@ class PolyScorer(Scorer):
         return self.weight.mean(0).to(x.dtype).expand(*x.shape[:-1], -1)
 
     def score(self, x: Tensor, context: RoutingContext | None) -> Tensor:
-        domains_B = _domains(context, "poly").to(x.device)
-        known_BX = self.weight[domains_B.clamp_min(0)]
-        scores_BX = torch.where((domains_B >= 0)[:, None], known_BX, self.weight.mean(0))
+        domains_BT = _domains(context, "poly").to(x.device)
+        known_BTX = self.weight[domains_BT.clamp_min(0)]
+        scores_BTX = torch.where((domains_BT >= 0)[..., None], known_BTX, self.weight.mean(0))
         if self.training:
-            uniform_BX = torch.rand_like(scores_BX).clamp(1e-6, 1 - 1e-6)
-            scores_BX = scores_BX + torch.logit(uniform_BX)
-        return scores_BX.to(x.dtype)[:, None]
+            uniform_BTX = torch.rand_like(scores_BTX).clamp(1e-6, 1 - 1e-6)
+            scores_BTX = scores_BTX + torch.logit(uniform_BTX)
+        return scores_BTX.to(x.dtype)
 
 
 @register_router("hash")

@@ -49,7 +49,7 @@ class RouterSettings:
     bias_update_rate: float = 0.0
     granularity: str = "token"
     pool: str = "mean"
-    window: float = 8.0
+    window: float = 12.0
     input_norm: bool = False
     hidden_size: int = 64
     init_std: float = 0.0

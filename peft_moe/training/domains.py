@@ -48,11 +48,6 @@ class DomainCollator:
         return batch
 
     def _per_token(self, examples: list[dict[str, Any]], batch: dict[str, Any]) -> Tensor:
-        if not self.config.scorer.reads_hidden:
-            raise PeftMoeError(
-                f"router={self.config.router!r} decides by one domain per sample, and a sample here has "
-                "several; leave joined samples (switching_share) out"
-            )
         real_BT = batch["attention_mask"].bool()
         index_BT = torch.full(real_BT.shape, UNKNOWN)
         for row, example in enumerate(examples):

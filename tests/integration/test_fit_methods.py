@@ -58,13 +58,13 @@ def watched(scope: str, name: str) -> str:
     return f"{name}.{first[name.rpartition('.')[2]]}" if scope.startswith("block") else name
 
 
-def followed(x: Tensor, prompt: int, half_life: float = 8.0) -> Tensor:
-    """The prompt's mean, once, and a running mean behind it: after 1, 2, 4 tokens and every half-life."""
+def followed(x: Tensor, prompt: int, half_life: float = 12.0) -> Tensor:
+    """The prompt's mean, once, and a running mean behind it: all of one half-life, then two of each."""
     share, running = 0.5 ** (1 / half_life), x[:prompt].mean(0)
     out = [running]
     for number, token in enumerate(x[prompt:], start=1):
         running = share * running + (1 - share) * token
-        out += [running] if number in {1, 2, 4} or number % half_life == 0 else []
+        out += [running] if number <= half_life or number % (half_life / 2) == 0 else []
     return torch.stack(out)
 
 

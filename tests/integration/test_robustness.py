@@ -255,10 +255,21 @@ def test_faults_of_hand_made_turns_are_named(zoo: Zoo, tmp_path: Path) -> None:
         trainer = make_trainer("sft", model, Dataset.from_list([row] * 4), tmp_path)
         with pytest.raises(PeftMoeError, match=r"a sample of 3 tokens has domain=\['wide', 'upper'\]"):
             trainer.train()
-    poly = zoo.mixture("llama", "top2", router="poly", **LABELS)
-    rows[0]["turn_lengths"] = [1, 2]
-    with pytest.raises(PeftMoeError, match="router='poly' decides by one domain per sample"):
-        make_trainer("sft", poly, Dataset.from_list([rows[0]] * 4), tmp_path).train()
+
+
+def test_a_router_that_reads_labels_follows_each_turns_own(zoo: Zoo) -> None:
+    model = zoo.mixture("llama", "top2", router="oracle", top_k=None)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with routing_inputs(domains=torch.tensor([[0, 0, 2, -1]])), torch.no_grad():
+        labelled = model(input_ids=ids).logits
+    gates = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0, 1], [1 / 3, 1 / 3, 1 / 3]])[None]
+    with routing_inputs(gates=gates), torch.no_grad():
+        torch.testing.assert_close(labelled, model(input_ids=ids).logits)
+    with (
+        routing_inputs(domains=torch.tensor([[0, 0, 2]])),
+        pytest.raises(PeftMoeError, match=r"domains is \(1, 3\), this call has \(1, 4\) tokens"),
+    ):
+        model(input_ids=ids)
 
 
 def test_gates_per_token_of_another_length_are_refused(zoo: Zoo) -> None:

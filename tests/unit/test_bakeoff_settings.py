@@ -132,7 +132,7 @@ def test_a_methods_file_adds_changes_and_removes(tmp_path) -> None:
         ({}, "has none of"),
         ({"mixture": {}, "merge": {}}, "must be one of them"),
         ({"mixture": {}, "trian": True}, "'trian' is not known. Did you mean 'train'"),
-        ({"mixture": {}, "train": {"steps": 9}}, "steps is the same for all"),
+        ({"mixture": {}, "train": {"steps": 9}}, "is the same for all"),
         ({"mixture": {}, "needs": "label"}, "Did you mean 'labels'"),
         ("uniform", "write it as"),
     ],

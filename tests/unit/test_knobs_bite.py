@@ -132,7 +132,7 @@ BITES: dict[str, Row] = {
     "router_below_tap": (logits, SHARED, "probe", "base"),
     "router_granularity": (logits, SHARED, "token", "sequence"),
     "router_pool": (logits, SHARED, "mean", "last"),
-    "router_window": (logits, {**SHARED, "router_granularity": "running"}, 8.0, 1.0),
+    "router_window": (logits, {**SHARED, "router_granularity": "running"}, 12.0, 1.0),
     "router_input_norm": (logits, {}, False, True),
     "router_temperature": (logits, {}, 1.0, 0.3),
     "router_init_std": (logits, {}, 0.0, 1.0),
