@@ -35,6 +35,8 @@ class MoLoraConfig(RoutingFields, PeftConfig):
             B at random instead of zero (for tests).
         train_experts: whether the experts train as well. Default: fresh ones do, given ones do not.
         allow_base_mismatch: accept adapters that name another base model.
+        base_precision: how the base's weights were kept when the mixture was made ("full",
+            "bitsandbytes nf4"); written at injection, compared at loading.
         format_version: of the saved layout.
 
     Raises:
@@ -55,6 +57,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
     init_weights: bool = True
     train_experts: bool | None = None
     allow_base_mismatch: bool = False
+    base_precision: str | None = None
     format_version: int = FORMAT_VERSION
     # PEFT's name matching asks for this attribute; targeting bare parameters is not offered.
     target_parameters: None = field(default=None, init=False, repr=False)

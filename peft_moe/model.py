@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from .base_precision import note_precision
 from .config import MoLoraConfig
 from .depth import Depth
 from .empty_weights import real_weights
@@ -55,6 +56,7 @@ class MoLoraModel(BaseTuner):
         self.peft_config[adapter_name] = config
         _check_adapter_name(adapter_name, model)
         keep_unpacked(model, trains=not config.inference_mode)
+        note_precision(config, model)
         tap, stack = _resolve_tap(config, model)
         depth = Depth(config, model)
         plan = plan_experts(config, model)

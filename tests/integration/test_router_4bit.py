@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from support.routing import routers
 from support.training import KeepGradients, joined, make_trainer, router_values, samples, tokenizer
 from support.zoo import Zoo
@@ -96,3 +98,17 @@ def test_evaluating_first_leaves_the_gradients_as_they_are(
     assert all(gradient.abs().max() > 0 for gradient in steps[0].values())
     # The same sums in the same order.
     torch.testing.assert_close(joined(steps[1]), joined(steps[0]), atol=1e-7, rtol=1e-5)
+
+
+def test_a_mixture_knows_which_precision_it_was_made_on(zoo: Zoo, saved: str, tmp_path: Path) -> None:
+    def base(**kwargs: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, **kwargs)
+
+    zoo.mixture("llama", "top2", base=base(quantization_config=nf4())).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = PeftModel.from_pretrained(base(quantization_config=nf4()), tmp_path)
+    assert model.peft_config["default"].base_precision == "bitsandbytes nf4"
+    with pytest.warns(UserWarning, match="'bitsandbytes nf4', and this base has 'full'"):
+        model = PeftModel.from_pretrained(base(), tmp_path)
+    assert model.peft_config["default"].base_precision == "full"

@@ -163,8 +163,8 @@ BITES: dict[str, Row] = {
     "distillation_temperature": (after_steps, {"distillation_coef": 1.0}, 1.0, 3.0),
     "distillation_adaptive": (after_steps, {"distillation_coef": 1.0}, False, True),
 }
-# Fields with a test of their own below: they refuse, instead of changing a number.
-REFUSALS = {"bias", "format_version", "allow_base_mismatch"}
+# Fields with a test of their own below: they refuse or warn, instead of changing a number.
+REFUSALS = {"bias", "format_version", "allow_base_mismatch", "base_precision"}
 OURS = {f.name for f in dataclasses.fields(MoLoraConfig) if f.init} - {
     f.name for f in dataclasses.fields(PeftConfig)
 }
@@ -224,3 +224,8 @@ def test_allow_base_mismatch_bites(tmp_path):
     with pytest.raises(PeftMoeError, match="allow_base_mismatch"):
         get_peft_model(copy.deepcopy(base), MoLoraConfig(experts=experts, null_expert=True))
     get_peft_model(base, MoLoraConfig(experts=experts, null_expert=True, allow_base_mismatch=True))
+
+
+def test_base_precision_bites():
+    with pytest.warns(UserWarning, match=r"'bitsandbytes nf4', and this base has 'full'"):
+        get_peft_model(copy.deepcopy(BASE), MoLoraConfig(experts=2, base_precision="bitsandbytes nf4"))

@@ -29,6 +29,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: (
         "call",
         "four_bit",
+        "base_precision",
         "empty_weights",
         "taps",
         "depth",

@@ -10,6 +10,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from ...config import MoLoraConfig
 from ...training import MoLoraSFTTrainer, robustness
 from .texts import Sample
 
@@ -91,11 +92,7 @@ def train(
     if kind != "mixture":
         data = data.remove_columns("domain")
     if robust:
-        config = model.peft_config[model.active_adapter]
-        randomised = robust.get("domain_randomisation", 0.0)
-        robustness.check_random_domains(config, randomised)
-        data = robustness.with_generic_share(data, robust.get("generic_share"), config.expert_names, seed)
-        data = robustness.with_random_domains(data, randomised, seed)
+        data = _robust(data, model.peft_config[model.active_adapter], robust, seed)
     trainer = TRAINERS[kind](model, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train_dataset = robustness.with_switches(
         trainer.train_dataset, robust.get("switching_share", 0.0), seed, max_length
@@ -103,3 +100,10 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _robust(data: Dataset, config: MoLoraConfig, robust: Mapping[str, float], seed: int) -> Dataset:
+    randomised = robust.get("domain_randomisation", 0.0)
+    robustness.check_random_domains(config, randomised)
+    data = robustness.with_generic_share(data, robust.get("generic_share"), config.expert_names, seed)
+    return robustness.with_random_domains(data, randomised, seed)
