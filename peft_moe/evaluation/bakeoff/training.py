@@ -69,24 +69,16 @@ def train(
         The training loss, about `LOGGED` values, each a mean since the one before.
     """
     disable_progress_bars()
-    cpu = next(model.parameters()).device.type == "cpu"
     args = SFTConfig(
         str(out),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        weight_decay=0.0,
         max_length=max_length,
         bf16=bf16,
         seed=seed,
-        use_cpu=cpu,
-        dataloader_pin_memory=not cpu,
-        gradient_checkpointing=False,
         logging_steps=max(1, steps // LOGGED),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+        **_same_for_all(model),
     )
     data = Dataset.from_list([dict(sample) for sample in samples])
     if kind != "mixture":
@@ -107,3 +99,17 @@ def _robust(data: Dataset, config: MoLoraConfig, robust: Mapping[str, float], se
     robustness.check_random_domains(config, randomised)
     data = robustness.with_generic_share(data, robust.get("generic_share"), config.expert_names, seed)
     return robustness.with_random_domains(data, randomised, seed)
+
+
+def _same_for_all(model: Any) -> dict[str, Any]:
+    cpu = next(model.parameters()).device.type == "cpu"
+    return {
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "use_cpu": cpu,
+        "dataloader_pin_memory": not cpu,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
