@@ -156,7 +156,7 @@ def _parts(sample: Mapping[str, Any], whole: bool) -> tuple[Any, Any]:
         return sample["text"], None
     raise PeftMoeError(
         f"a sample with {sorted(sample)} has no prompt to fit on; give it a `prompt` or `messages` (a router "
-        "with router_granularity='token' also reads a `text`)"
+        "with router_granularity='token' or 'running' also reads a `text`)"
     )
 
 

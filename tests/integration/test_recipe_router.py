@@ -109,7 +109,7 @@ def test_as_a_user_runs_it_and_resumed(
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "trainable params: 260 ||" in done.stdout  # 4 columns of 64 weights and a bias
-    assert re.search(r"  weather +\d\.\d{4}  wide \d\.\d\d  narrow .* null \d\.\d\d\n", done.stdout)
+    assert re.search(r"  weather +\d+\.\d{4}  wide \d\.\d\d  narrow .* null \d\.\d\d\n", done.stdout)
 
     summary = summary_of(folder, "pairs")
     assert summary["steps"] == 3
@@ -157,6 +157,7 @@ def test_robustness_options_shape_the_training_data(
     """72 samples: half generic, a third of all records are pairs; held-out data stay as they were."""
     options = {"generic_share": 0.5, "domain_randomisation": 0.25, "switching_share": 1 / 3}
     plain = {"generic_share": None, "domain_randomisation": 0.0, "switching_share": 0.0}
+    options["fit"] = plain["fit"] = False  # so that both start from the same router
     run_here(monkeypatch, write_config(zoo, folder, "plain", **plain))
     run_here(monkeypatch, write_config(zoo, folder, "robust", **options))
     printed = capsys.readouterr().out
@@ -186,7 +187,8 @@ def test_robustness_options_shape_the_training_data(
         ("pairs", {"max_length": 3}, "every prompt reaches max_length=3"),
         ("pairs", {"experts": {"wide": "/no/such/folder"}}, "/no/such/folder"),
         ("chats", {}, "the tokenizer has no template"),
-        ("text", {}, "a row of this batch has no prompt"),
+        ("text", {"mixture": {"router": "context"}}, r"a sample with \['domain', 'text'\] has no prompt"),
+        ("text", {"mixture": {"router": "context"}, "fit": False}, "a row of this batch has no prompt"),
         ("pairs", {"no_such_key": 1}, "no_such_key"),
     ],
 )
