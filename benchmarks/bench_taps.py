@@ -9,10 +9,12 @@ interleaved rounds, medians with the spread of the middle half. Floor of a probe
 from __future__ import annotations
 
 import argparse
+import datetime
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_moe import MoLoraConfig
 
+RESULTS = Path(__file__).parent / "results"
 SIZES = {
     "vocab_size": 8192,
     "hidden_size": 512,
@@ -41,7 +44,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "per token, probe": TOKEN,
     "per token, prompt below": {**TOKEN, "router_below_tap": "prompt"},
     "per token, base": {**TOKEN, "router_below_tap": "base"},
-    "running, probe (tap 2 of 8)": {"router": "running"},
+    "running, probe (tap 4 of 8)": {"router": "running"},
     "running, base": {"router": "running", "router_below_tap": "base"},
 }
 
@@ -89,8 +92,6 @@ def main() -> None:
     ids = torch.randint(3, SIZES["vocab_size"], (2, 256))
     models = {name: build(fields) for name, fields in METHODS.items()}
     kinds = {"prefill": prefill, "decode": lambda m, i: decode(m, i, args.steps)}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    print("| method | prefill | decode |\n|---|---:|---:|")
     taken: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in models}
     with torch.no_grad():
         for number in range(args.rounds + 1):
@@ -99,13 +100,28 @@ def main() -> None:
                     value = seconds(make(model, ids))
                     if number:  # the first round warms up
                         taken[name][kind].append(value)
+    threads = torch.get_num_threads()
+    lines = [
+        "# Taps: prefill and decoding, as ratios to the gate-less mixture",
+        "",
+        f"`python benchmarks/bench_taps.py`; medians of {args.rounds} rounds (middle half); torch "
+        f"{torch.__version__}, {threads} threads, {platform.machine()}; 30M Llama, 8 experts of rank 8.",
+        "",
+        "| method | prefill | decode |",
+        "|---|---:|---:|",
+    ]
     for name in models:
         cells = []
         for kind in kinds:
             ratios = [a / b for a, b in zip(taken[name][kind], taken["gate-less"][kind], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    path = RESULTS / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-taps.md"
+    path.write_text(text, encoding="utf-8")
+    print(f"Kept in {path}.")
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ def _change(estimate: Estimate) -> str:
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:
+    best = comparison.ranked()[0].name if comparison.gainful and comparison.ranked() else None
     return {
         name: {
             "group": one.group,
@@ -149,6 +150,8 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
             "shares": {row: asdict(e) for row, e in one.shares.items()},
             "changes": {row: asdict(e) for row, e in one.changes.items()},
             "cost": asdict(one.cost),
+            # Paired over texts and seeds: intervals of the shares alone cannot tell two methods apart.
+            "behind_best": asdict(comparison.difference(best, name)) if best else None,
         }
         for name, one in comparison.standings.items()
     }
