@@ -174,6 +174,8 @@ record = RoutingRecord(decisions, RoutingContext())
 balancer.count(record); steering.count(record)
 balancer.step(); steering.step()
 print([r.balance_bias.tolist() for r in routers.values()], values)
+# A process that leaves while the other still talks to it may be aborted.
+distributed.barrier(); distributed.destroy_process_group()
 """
 
 
