@@ -1,0 +1,122 @@
+"""Run the suite: `make bench`, or
+
+    python -m benchmarks.suite                        # about a quarter of an hour of one core
+    python -m benchmarks.suite --quick --out /tmp/b   # under a minute, tiny sizes: does everything run?
+    python -m benchmarks.suite --levels layer models  # some of it
+
+Every contestant is compared with the reference loop before it is timed, and a failure ends the run: nothing
+is printed or kept. Results are appended to benchmarks/results/<date>-<machine>-bench.md, with one JSON line
+per contestant and point beside it, and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import layers, memory, models, picture, routers
+from .contestants import UnavailableError
+from .goals import goals
+from .machine import REPO, Peaks, machine_name, measure_peaks, processor, versions
+from .mergoo import install
+from .parity import ParityError
+from .report import tables
+from .results import Row
+
+LEVELS = ("models", "layer", "memory", "routers")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Measure, then print and keep; 1 if a contestant fails its parity check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; the figures mean nothing")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
+    parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results")
+    args = parser.parse_args(words)
+    # CPU time of one thread is the only steady clock on a shared machine.
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    start = time.monotonic()
+    if not args.quick:
+        try:
+            install()
+        except UnavailableError as reason:
+            print(reason, file=sys.stderr)  # it is then left out, and said to be
+    peaks = measure_peaks(256, 8) if args.quick else measure_peaks()
+    try:
+        rows = measure(args.levels, peaks, args.quick)
+    except ParityError as error:
+        print(f"No figures: {error}", file=sys.stderr)
+        return 1
+    text = heading(peaks, args.quick, time.monotonic() - start)
+    text += "\n\n".join(part for part in (tables(rows), "" if args.quick else goals(rows)) if part) + "\n\n"
+    print(text)
+    keep(args.out, text, rows, peaks)
+    return 0
+
+
+def measure(levels: list[str], peaks: Peaks, quick: bool) -> list[Row]:
+    """Rows of the levels, in the order of ``LEVELS``."""
+    start = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+    rows: list[Row] = []
+    if "models" in levels:
+        rows += models.measure(peaks, quick, say)
+    if "layer" in levels:
+        rows += layers.measure(peaks, quick, say)
+    if "memory" in levels:
+        rows += memory.measure(quick, say)
+    if "routers" in levels:
+        rows += routers.measure(quick, say)
+    return rows
+
+
+def heading(peaks: Peaks, quick: bool, seconds: float) -> str:
+    """When, where, with what."""
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    kind = "Quick run: sizes too small to mean anything. " if quick else ""
+    return (
+        f"## Benchmark, {_now():%Y-%m-%d %H:%M} UTC\n\n{kind}{processor()}; {used}. One thread; CPU time "
+        f"of that thread; contestants take turns within a round; cells are medians (lower–upper quartile) of "
+        f"ratios within a round. Peaks measured here: {peaks}. Parity with the reference held for every "
+        f"contestant. The run took {seconds / 60:.1f} minutes.\n\n"
+    )
+
+
+def keep(folder: Path, text: str, rows: list[Row], peaks: Peaks) -> None:
+    """Append the tables and the lines; draw the picture anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{_now():%Y-%m-%d}-{machine_name()}-bench"
+    drawn = picture.draw(rows, folder / f"{stem}.png")
+    with (folder / f"{stem}.md").open("a", encoding="utf-8") as file:
+        file.write(text + (f"![Growth with the number of experts]({stem}.png)\n\n" if drawn else ""))
+    run = {
+        "date": f"{_now():%Y-%m-%dT%H:%M}Z",
+        "machine": machine_name(),
+        "versions": versions(),
+        "peaks": {**{str(d)[6:]: f for d, f in peaks.flops.items()}, "memory": peaks.bytes},
+    }
+    with (folder / f"{stem}.jsonl").open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**run, **row.as_json()}, ensure_ascii=False) + "\n")
+    print(f"Kept in {folder / stem}.md, .jsonl{', .png' if drawn else ''}.")
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

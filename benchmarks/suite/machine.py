@@ -1,0 +1,77 @@
+"""What was measured where: versions, commit, processor, and the peaks that floors are computed from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).parents[2]
+PACKAGES = ("torch", "peft", "transformers", "peft-moe")
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Of one thread: products in FLOP/s by dtype, and memory traffic in bytes/s."""
+
+    flops: dict[torch.dtype, float]
+    bytes: float
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{str(d)[6:]} {value / 1e9:.0f} GFLOP/s" for d, value in self.flops.items())
+        return f"{products}, memory {self.bytes / 1e9:.1f} GB/s"
+
+
+def measure_peaks(size: int = 1024, megabytes: int = 128) -> Peaks:
+    """The best of a few large products, and of a few copies far beyond the caches (bytes read + written)."""
+    flops = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        one, other = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        flops[dtype] = 2 * size**3 / _best(lambda a=one, b=other: a @ b)
+    source = torch.ones(megabytes * 2**20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return Peaks(flops, 2 * source.numel() / _best(lambda: target.copy_(source)))
+
+
+def processor() -> str:
+    """The model's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine_name() -> str:
+    """For file names: processor and cores."""
+    words = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    return f"{words}-{os.cpu_count()}-cores"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of every package that is measured, and the commit, marked if files differ from it."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        **found,
+        "commit": (_git("rev-parse", "--short", "HEAD") or "?") + (" + changes" if changed else ""),
+    }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _best(run, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        run()
+        times.append(time.thread_time() - start)
+    return min(times)

@@ -1,0 +1,138 @@
+"""Level "memory": one training step in a process of its own, per contestant.
+
+    python -m benchmarks.suite.memory "ours" --experts 16 --rank 8        # prints one JSON object
+
+Peak: how far the process's resident set rises above what it was before the step, by the kernel's own
+high-water mark. Saved: bytes that autograd keeps between forward and backward, each storage once, weights
+excluded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .contestants import build
+from .experts import TINY_LLAMA, Case
+from .machine import REPO
+from .models import FULL, training_step
+from .parity import check
+from .results import Row
+
+NAMES = (
+    "base",
+    "LoRA r",
+    "LoRA k·r",
+    "LoRA E·r",
+    "PEFT X-LoRA",
+    "mergoo",
+    "ours",
+    "ours, router per block",
+    "ours, reference",
+)
+
+
+def measure(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """A row per contestant, each from a fresh process."""
+    case = replace(FULL, experts=4, sizes=TINY_LLAMA, tokens=48) if quick else FULL
+    for name in NAMES[-3:-1] if quick else NAMES:
+        words = [
+            name,
+            "--experts",
+            str(case.experts),
+            "--rank",
+            str(case.rank),
+            *(["--tiny"] if quick else []),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.suite.memory", *words],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"memory of {name}: {done.stderr[-2000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        if "missing" in found:
+            say(f"{name} is left out: {found['missing']}")
+            continue
+        yield Row("memory", "training step", case, name, extra=found)
+        say(f"memory: {name}")
+
+
+def step_memory(name: str, case: Case) -> dict[str, object]:
+    """Peak and saved bytes of one step, after one that warmed up."""
+    contestants, missing, experts = build(case, [name])
+    if name not in contestants:
+        return {"missing": missing.get(name, "there is no such contestant")}
+    contestant = contestants[name]
+    torch.manual_seed(2)
+    ids = torch.randint(0, case.sizes["vocab_size"], (case.batch, case.tokens))
+    check(name, contestant, experts, ids[:, :16])
+    step = training_step(contestant, ids)
+    step.run()
+    saved = _saved_bytes(contestant.model, step.run)
+    before = _reset_peak()
+    step.run()
+    return {
+        "saved_mib": saved / 2**20,
+        "saved_bytes_per_token_and_layer": saved / ids.numel() / len(experts.names),
+        "peak_mib": (_status("VmHWM") - before) / 2**20,
+    }
+
+
+def _saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present size
+    return _status("VmRSS")
+
+
+def _status(word: str) -> int:
+    found = re.search(rf"{word}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, word
+    return 1024 * int(found[1])
+
+
+def main() -> None:
+    """One contestant, in this process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="of the contestant")
+    parser.add_argument("--experts", type=int, default=FULL.experts)
+    parser.add_argument("--rank", type=int, default=FULL.rank)
+    parser.add_argument("--tiny", action="store_true", help="a model of one small layer")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    case = replace(FULL, experts=args.experts, rank=args.rank)
+    if args.tiny:
+        case = replace(case, sizes=TINY_LLAMA, tokens=48)
+    print(json.dumps(step_memory(args.name, case)))
+
+
+if __name__ == "__main__":
+    main()

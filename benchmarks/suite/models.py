@@ -1,0 +1,129 @@
+"""Levels "prefill", "decode" and "training" of a whole model, and the growth of prefill with the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .clock import Variant, interleave
+from .contestants import Contestant, build
+from .experts import TINY_LLAMA, Case
+from .floors import floor
+from .machine import Peaks
+from .parity import check
+from .results import Row, make_rows
+
+FULL = Case(experts=16, rank=8)
+# The goals' own shape, against one LoRA of the same total rank.
+GOAL = Case(experts=8, rank=16)
+GROWTH = (2, 8, 32, 128)
+PROMPT, STEPS = 32, 8
+# Beyond this many experts a pass of the dense peers takes tens of seconds.
+DENSE_PEERS_UP_TO = 32
+
+
+def measure(peaks: Peaks, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Rows of every case and level."""
+    if quick:
+        case = replace(FULL, experts=4, sizes=TINY_LLAMA, tokens=48)
+        yield from _case(case, None, ["prefill", "decode", "training"], peaks, say, budget=0.2, fewest=3)
+        return
+    levels = ["prefill", "decode", "training"]
+    yield from _case(FULL, None, levels, peaks, say, budget=40, fewest=5)
+    few = ["base", "LoRA k·r", "LoRA E·r", "ours", "ours, router per block", "ours, stacked", "ours, grouped"]
+    yield from _case(GOAL, few, levels, peaks, say, budget=15, fewest=7)
+    for count in GROWTH:
+        peers = ["mergoo", *(["PEFT X-LoRA", "PEFT Arrow"] if count <= DENSE_PEERS_UP_TO else [])]
+        case = replace(GOAL, experts=count)
+        names = [*few[:4], *peers]
+        yield from _case(case, names, ["prefill"], peaks, say, budget=12, fewest=4, prefix="growth, ")
+
+
+def _case(
+    case: Case,
+    names: list[str] | None,
+    levels: list[str],
+    peaks: Peaks,
+    say: Callable[[str], None],
+    *,
+    budget: float,
+    fewest: int,
+    prefix: str = "",
+) -> Iterator[Row]:
+    contestants, missing, experts = build(case, names)
+    for name, reason in missing.items():
+        say(f"{name} is left out: {reason}")
+    torch.manual_seed(2)
+    ids = torch.randint(0, case.sizes["vocab_size"], (case.batch, case.tokens))
+    for name, contestant in contestants.items():
+        check(name, contestant, experts, ids[:, :16])
+    for level in levels:
+        training, decoding = level == "training", level == "decode"
+        # Nothing trains in Arrow; the base stands for the way back to the embeddings.
+        takes_part = {
+            name: c for name, c in contestants.items() if not training or c.trains or name == "base"
+        }
+        make = {"prefill": prefill, "decode": decode, "training": training_step}[level]
+        with nullcontext() if training else torch.no_grad():
+            times = interleave({n: make(c, ids) for n, c in takes_part.items()}, budget=budget, fewest=fewest)
+        if decoding:
+            times = {name: [value / STEPS for value in values] for name, values in times.items()}
+        passes = 2 if training else 1
+        yield from make_rows(
+            f"{prefix}{level}",
+            "token" if decoding else "step",
+            case,
+            times,
+            takes_part,
+            lambda name, p=passes, d=decoding: floor(case, name, peaks, passes=p, decoding=d),
+        )
+        say(f"{prefix}{level}: {case}")
+
+
+def prefill(contestant: Contestant, ids: Tensor) -> Variant:
+    """A batch of prompts at once, into a new cache where the contestant has one."""
+    return Variant(lambda: contestant.model(input_ids=ids, use_cache=contestant.caches))
+
+
+def decode(contestant: Contestant, ids: Tensor) -> Variant:
+    """Steps of one sequence behind a short prompt; without a cache each step reads all of it again."""
+    model, row = contestant.model, ids[:1]
+    if not contestant.caches:
+
+        def reread() -> None:
+            for end in range(PROMPT + 1, PROMPT + STEPS + 1):
+                model(input_ids=row[:, :end], use_cache=False, logits_to_keep=1)
+
+        return Variant(reread)
+    state: dict[str, Any] = {}
+
+    def before() -> None:
+        state["cache"] = model(input_ids=row[:, :PROMPT], use_cache=True).past_key_values
+
+    def run() -> None:
+        for step in range(PROMPT, PROMPT + STEPS):
+            model(input_ids=row[:, step : step + 1], past_key_values=state["cache"], use_cache=True)
+
+    return Variant(run, before)
+
+
+def training_step(contestant: Contestant, ids: Tensor) -> Variant:
+    """Forward and backward, without the optimiser: routers alone, or the factors of a LoRA."""
+    model = contestant.model.train()
+    if not contestant.trains:
+        embeddings: nn.Module = model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    for parameter in contestant.trains:
+        parameter.requires_grad_(True)
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        for parameter in contestant.trains:
+            parameter.grad = None
+
+    return Variant(run)

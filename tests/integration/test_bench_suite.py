@@ -1,0 +1,108 @@
+"""The benchmark suite runs, compares everybody, and keeps silent when anybody computes something else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.suite import parity
+from benchmarks.suite.__main__ import main
+from benchmarks.suite.clock import Variant, interleave, ratios
+from benchmarks.suite.contestants import build
+from benchmarks.suite.experts import DTYPE, TINY_LLAMA, Case
+from benchmarks.suite.floors import floor
+from benchmarks.suite.machine import Peaks
+
+LAYER = Case(experts=4, rank=8, width=64, out=96, tokens=16)
+MODEL = Case(experts=4, rank=8, sizes=TINY_LLAMA, tokens=16)
+# mergoo joins where a full run has installed it.
+ALWAYS = {"base", "LoRA r", "LoRA k·r", "LoRA E·r", "PEFT X-LoRA", "PEFT Arrow", "ours"}
+
+
+def lines(folder):
+    (path,) = folder.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_quick_run_prints_and_keeps_every_contestant(tmp_path, capsys):
+    for levels in (["layer"], ["models"]):
+        assert main(["--quick", "--levels", *levels, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    rows = lines(tmp_path)
+    for level in ("prefill", "decode", "layer"):
+        found = {row["contestant"] for row in rows if row["level"] == level}
+        assert found >= ALWAYS, level
+    trained = {row["contestant"] for row in rows if row["level"] == "training"}
+    assert trained >= ALWAYS - {"PEFT Arrow"}  # which has nothing to train
+    assert all(row["ms"][1] > 0 and row["versions"]["commit"] for row in rows)
+    assert all(row["to"]["base"] == [1, 1, 1] for row in rows if row["contestant"] == "base")
+    (path,) = tmp_path.glob("*.md")
+    kept = path.read_text(encoding="utf-8")
+    assert kept.count("## Benchmark") - kept.count("### Benchmark") == 2  # appended, not replaced
+    assert "÷ best peer" in printed
+
+
+def test_a_failed_parity_check_leaves_no_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parity, "WIDE_BOUND", 0.0)
+    assert main(["--quick", "--levels", "layer", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", [LAYER, MODEL], ids=["layer", "model"])
+def test_parity_finds_one_wrong_number_in_any_contestant(case):
+    contestants, _, experts = build(case)
+    torch.manual_seed(0)
+    one_layer = case.width is not None
+    inputs = torch.randn(2, 16, case.width).to(DTYPE) if one_layer else torch.randint(0, 64, (2, 16))
+    for name, contestant in contestants.items():
+        parity.check(name, contestant, experts, inputs)
+        factors = [
+            p for key, p in contestant.model.named_parameters() if "lora_B" in key and "arrow" not in key
+        ]
+        if name == "base":
+            assert not factors
+            continue
+        with torch.no_grad():
+            factors[-1][0] *= 1.05  # a row of one factor, a twentieth too large
+        with pytest.raises(parity.ParityError, match=name):
+            parity.check(name, contestant, experts, inputs)
+
+
+def test_parity_leaves_the_timed_weights_as_they_were():
+    contestants, _, experts = build(LAYER, ["ours"])
+    before = {key: (p.data_ptr(), p.dtype) for key, p in contestants["ours"].model.named_parameters()}
+    parity.check("ours", contestants["ours"], experts, torch.randn(2, 16, 64).to(DTYPE))
+    assert before == {key: (p.data_ptr(), p.dtype) for key, p in contestants["ours"].model.named_parameters()}
+
+
+def test_rounds_interleave_and_ratios_are_of_one_round():
+    calls: list[str] = []
+    variants = {name: Variant(lambda name=name: calls.append(name)) for name in "ab"}
+    times = interleave(variants, budget=0, fewest=3)
+    assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]  # the first pair warms up
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+    # Both get slower together: their ratio stays.
+    assert ratios({"a": [2.0, 4.0, 8.0], "b": [1.0, 2.0, 4.0]}, "a", "b").middle == 2.0
+
+
+def test_floor_of_a_layer_by_hand():
+    peaks = Peaks({DTYPE: 1e9}, 1e30)  # no time for traffic
+    found = floor(Case(experts=4, rank=8, top_k=2, width=10, out=20, batch=1, tokens=3), "ours", peaks)
+    assert found.flops == 2 * 3 * 10 * 20 + 2 * 3 * 2 * 8 * (10 + 20)
+    assert found.seconds == pytest.approx(found.flops / 1e9)
+    traffic = Peaks({DTYPE: 1e30}, 1.0)  # no time for arithmetic
+    slow = floor(Case(experts=4, rank=8, width=10, out=20, batch=1, tokens=3), "base", traffic)
+    assert slow.seconds == slow.bytes == 2 * (3 * 10 + 3 * 20 + 10 * 20)
+
+
+@pytest.mark.slow  # half a minute: a process for every contestant's memory
+def test_all_levels_in_a_quick_run(tmp_path):
+    assert main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = lines(tmp_path)
+    assert {row["level"] for row in rows} == {"prefill", "decode", "training", "layer", "memory", "routers"}
+    memory = [row for row in rows if row["level"] == "memory"]
+    assert memory
+    assert all(row["saved_mib"] > 0 for row in memory)
