@@ -6,7 +6,7 @@ sizes. Letters: N tokens, I in, O out, R total rank, E experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import PeftMoeError
 from .model_router import model_decision
-from .ops import RankMap, folded_delta, mix_stacked
+from .ops import RankMap, folded_delta, mix
 from .routers import Router
 from .routing import Routing, current_context
 from .sharing import MixtureLayer, block_decision, take_decision
@@ -125,15 +125,17 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     def _mix(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if adapter in self.awaited:
             self._check_arrived(adapter)
-        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
-        gates_NE = _gates_per_token(self._decide(adapter, x), x)
-        mixed_NO = mix_stacked(
-            x.reshape(-1, x.shape[-1]),
-            A,
-            B,
-            gates_NE,
+        routing = self._decide(adapter, x)
+        tokens = x.numel() // x.shape[-1]
+        mixed_NO = mix(
+            x.reshape(tokens, x.shape[-1]),
+            self.molora_A[adapter].weight,
+            self.molora_B[adapter].weight,
+            _per_token(routing.gates, x, tokens),
             self.rank_maps[adapter],
-            result.reshape(-1, result.shape[-1]),
+            result.reshape(tokens, result.shape[-1]),
+            expert_ids_NK=_per_token(routing.expert_ids, x, tokens),
+            weights_NK=_per_token(routing.expert_weights, x, tokens),
         )
         return mixed_NO.view(result.shape)
 
@@ -269,21 +271,24 @@ def _factor(weight_RX: Tensor) -> nn.Linear:
     return linear
 
 
-def _gates_per_token(routing: Routing, x: Tensor) -> Tensor:
-    """[1, E] for constant gates, else [N, E] for the tokens of ``x`` [..., I]."""
-    gates = routing.gates
-    experts = gates.shape[-1]
-    if routing.is_constant:
-        return gates.reshape(1, experts)
-    tokens = x.numel() // x.shape[-1]
-    rows, columns = gates.shape[:2]
+@overload
+def _per_token(values: Tensor, x: Tensor, tokens: int) -> Tensor: ...
+@overload
+def _per_token(values: None, x: Tensor, tokens: int) -> None: ...
+def _per_token(values: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
+    """Part of a decision, [1, E] where it is constant, else [N, E] for the tokens of ``x`` [..., I]."""
+    if values is None:
+        return None
+    rows, columns, last = values.shape
+    if rows == columns == 1:
+        return values.view(1, last)
     if columns == 1 and rows != tokens:
         # One decision per sequence; the layer may see [B, T, I] or the same tokens flattened.
-        gates = gates.expand(rows, tokens // rows, experts)
-    if gates.shape[0] * gates.shape[1] != tokens:
+        values = values.expand(rows, tokens // rows, last)
+    if values.shape[0] * values.shape[1] != tokens:
         raise PeftMoeError(
             f"the decision covers {rows}×{columns} tokens, the layer was given {tuple(x.shape[:-1])}; "
             "this layer sees other tokens than the router: use router_scope='module' or leave it out of "
             "target_modules"
         )
-    return gates.reshape(tokens, experts)
+    return values.reshape(tokens, last)

@@ -32,12 +32,17 @@ class Routing:
         selected: which columns the selector kept, bool, [B|1, T|1, X]; None for dense gates.
         running: the summary of the text that led to it, [B, T, I], for a router that continues it in the
             next step; else None.
+        expert_ids: where every token keeps equally many experts, which ones, long [B|1, T|1, K]: distinct,
+            in no order, experts that are always on among them. E stands for "no expert" (the null expert).
+        expert_weights: their gates, [B|1, T|1, K]; 0 for "no expert". All other gates are zero.
     """
 
     gates: Tensor
     logits: Tensor | None = None
     selected: Tensor | None = None
     running: Tensor | None = None
+    expert_ids: Tensor | None = None
+    expert_weights: Tensor | None = None
 
     @property
     def is_constant(self) -> bool:
@@ -46,7 +51,7 @@ class Routing:
 
     def map(self, move: Any) -> Routing:
         """The same decision with ``move`` applied to each of its tensors."""
-        others = (self.logits, self.selected, self.running)
+        others = (self.logits, self.selected, self.running, self.expert_ids, self.expert_weights)
         return Routing(move(self.gates), *(None if t is None else move(t) for t in others))
 
     def detach(self) -> Routing:

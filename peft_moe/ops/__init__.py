@@ -1,7 +1,32 @@
-"""The arithmetic of a mixture on one linear layer: one meaning (`reference`), one fast form."""
+"""The arithmetic of a mixture on one linear layer: one meaning (`reference`), several forms, one entry.
 
+A new form is one file with a class and a line below.
+"""
+
+from .cost import Choice, check_backend, choose, facts_of
+from .folded import Folded, folded_delta
+from .forms import FORMS, Facts, Form, Operands, register_form
+from .gather import Gather
+from .mixing import mix
 from .ranks import RankMap
-from .reference import mix_reference
-from .stacked import folded_delta, mix_stacked
+from .reference import Reference, mix_reference
+from .stacked import Stacked
 
-__all__ = ["RankMap", "folded_delta", "mix_reference", "mix_stacked"]
+__all__ = [
+    "FORMS",
+    "Choice",
+    "Facts",
+    "Form",
+    "Operands",
+    "RankMap",
+    "check_backend",
+    "choose",
+    "facts_of",
+    "folded_delta",
+    "mix",
+    "mix_reference",
+    "register_form",
+]
+
+for _form in (Folded(), Stacked(), Gather(), Reference()):
+    register_form(_form)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +18,33 @@ class RankMap:
     Attributes:
         ranks: r_e of every expert, in the mixture's order; 0 for one that does not adapt this layer.
         scaling: what expert e's B·A is multiplied by (α/r or α/√r), per expert.
+        total: R, the number of ranks of the layer.
+        width: W, the largest r_e.
+        equal: whether all experts have one rank, so that the rank axis is an [E, W] grid.
+        one_scaling: the scaling where all experts share one, else None.
+        choices: which form serves which kind of call; kept by the chooser, since it holds for this layer.
     """
 
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
+    total: int = field(init=False, repr=False, compare=False)
+    width: int = field(init=False, repr=False, compare=False)
+    equal: bool = field(init=False, repr=False, compare=False)
+    one_scaling: float | None = field(init=False, repr=False, compare=False)
+    choices: dict[Any, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
     # Index tensors are made once per device and kept out of the module's buffers, so that casting a
     # model to bf16 cannot round the scaling.
-    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _on_device: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
+    # The widest step in which every expert's ranks can be counted.
+    _step: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.ranks) == len(self.scaling) > 0, (self.ranks, self.scaling)
-
-    @property
-    def total(self) -> int:
-        """R, the number of ranks of the layer."""
-        return sum(self.ranks)
+        self.total = sum(self.ranks)
+        self.width = max(self.ranks)
+        self.equal = len(set(self.ranks)) == 1
+        self.one_scaling = float(self.scaling[0]) if len(set(self.scaling)) == 1 else None
+        self._step = math.gcd(*self.ranks) or 1
 
     def slices(self) -> list[slice]:
         """Where each expert sits on the rank axis."""
@@ -47,20 +60,70 @@ class RankMap:
         Returns:
             [..., R], the same dtype: ``gates[e] * scaling[e]`` at every rank of expert e.
         """
-        expert_of_rank_R, scaling_E = self._tensors(gates.device)
-        scaled = gates * scaling_E.to(gates.dtype)
-        if len(set(self.ranks)) == 1:
-            # On CPU repeat_interleave is several times faster than a gather of columns.
-            return scaled.repeat_interleave(self.ranks[0], dim=-1)
-        return scaled.index_select(-1, expert_of_rank_R)
+        if self.one_scaling is None:
+            gates = gates * self._scaling(gates)
+        elif self.one_scaling != 1.0:
+            gates = gates * self.one_scaling
+        if not self.equal:
+            gates = gates.index_select(-1, self._step_owners(gates.device))
+        # On CPU repeat_interleave is several times faster than a gather of columns.
+        step = self.width if self.equal else self._step
+        return gates if step == 1 else gates.repeat_interleave(step, dim=-1)
 
-    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._on_device:
-            owners = [e for e, rank in enumerate(self.ranks) for _ in range(rank)]
+    def reduce(self, values: Tensor) -> Tensor:
+        """The transpose of :meth:`expand`: scaled sums over each expert's ranks, [..., R] to [..., E]."""
+        if self.equal:
+            sums = values.view(*values.shape[:-1], -1, self.width).sum(-1)
+        else:
+            sums = values.new_zeros(*values.shape[:-1], len(self.ranks))
+            sums = sums.index_add(-1, self.owners(values.device), values)
+        return sums * (self._scaling(sums) if self.one_scaling is None else self.one_scaling)
+
+    def scale_chosen(self, weights: Tensor, ids: Tensor) -> Tensor:
+        """Weights of chosen experts times their scaling; both as ``ids``, where E is "no expert"."""
+        if self.one_scaling is not None:
+            return weights if self.one_scaling == 1.0 else weights * self.one_scaling
+        padded = self._once(
+            ("padded", weights.device, weights.dtype), lambda: _wide((*self.scaling, 0.0)).to(weights)
+        )
+        return weights * padded[ids]
+
+    def owners(self, device: torch.device) -> Tensor:
+        """The expert of every rank, long [R]."""
+        return self._once(("owners", device), lambda: torch.tensor(self._count(1), device=device).long())
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The ranks of every expert and, last, of "no expert": long [E + 1, W]; R where there is none."""
+        return self._once(("rows", device), lambda: torch.tensor(self._table(), device=device).long())
+
+    def _step_owners(self, device: torch.device) -> Tensor:
+        return self._once(
+            ("steps", device), lambda: torch.tensor(self._count(self._step), device=device).long()
+        )
+
+    def _scaling(self, like: Tensor) -> Tensor:
+        return self._once((like.device, like.dtype), lambda: _wide(self.scaling).to(like))
+
+    def _count(self, step: int) -> list[int]:
+        return [e for e, rank in enumerate(self.ranks) for _ in range(rank // step)]
+
+    def _table(self) -> list[list[int]]:
+        starts = [segment.start for segment in self.slices()]
+        return [
+            [start + i if i < rank else self.total for i in range(self.width)]
+            for start, rank in zip([*starts, 0], [*self.ranks, 0], strict=True)
+        ]
+
+    def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        found = self._on_device.get(key)
+        if found is None:
             # Made under torch.inference_mode() they could never be used in training afterwards.
             with torch.inference_mode(False):
-                self._on_device[device] = (
-                    torch.tensor(owners, dtype=torch.long, device=device),
-                    torch.tensor(self.scaling, dtype=torch.float64, device=device),
-                )
-        return self._on_device[device]
+                found = make()
+            if type(found) is Tensor:  # not what a tracer puts in its place
+                self._on_device[key] = found
+        return found
+
+
+def _wide(numbers: tuple[float, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)

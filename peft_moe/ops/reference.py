@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .constants import Constants
+from .forms import Facts, Operands, product_dtype
 from .ranks import RankMap
 
 
@@ -32,3 +34,27 @@ def mix_reference(
             delta_NO = (x_NI @ A_RI[segment].T) @ B_RO[segment]
             out_NO = out_NO + gates_NE[:, expert : expert + 1] * ranks.scaling[expert] * delta_NO
     return out_NO
+
+
+class Reference:
+    """Every expert on every token; the only form that can be differentiated twice."""
+
+    name = "reference"
+
+    def supports(self, facts: Facts) -> str | None:
+        """Always."""
+        return None
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """Two products per expert, and four passes over the output."""
+        elements = facts.tokens * len(facts.ranks.ranks) * facts.out_features
+        work = 2 * facts.tokens * facts.ranks.total * facts.sizes / constants.flops
+        traffic = 4 * elements * facts.dtype.itemsize / constants.bandwidth
+        return work + traffic + len(facts.ranks.ranks) * (2 * constants.segment + constants.launch)
+
+    def mix(self, operands: Operands) -> Tensor:
+        """As :func:`mix_reference`, with products in one dtype and the sum in that of the base."""
+        x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, _, _ = operands
+        wide = product_dtype(x_NI, A_RI)
+        out_NO = mix_reference(x_NI.to(wide), A_RI.to(wide), B_RO.to(wide), gates_NE, ranks, base_NO)
+        return out_NO.to(base_NO.dtype)

@@ -1,42 +1,181 @@
 """All experts as one LoRA whose rank axis is gated: two matrix products, no loop, exact for any gates.
 
-Letters: N tokens, I in, O out, R total rank, E experts.
+With top-k, h = x Aᵀ is kept for the backward pass at the chosen experts only, so that what a layer saves
+does not grow with the number of experts. An expert that a token did not choose cannot touch it then, not
+even one whose h is infinite.
+
+Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts, W ranks of one expert.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .constants import Constants
+from .forms import Facts, Operands, add_product, product_dtype
 from .ranks import RankMap
+from .twice import Gradients, once
 
 
-def mix_stacked(
-    x_NI: Tensor, A_RI: Tensor, B_RO: Tensor, gates_NE: Tensor, ranks: RankMap, base_NO: Tensor
-) -> Tensor:
-    """``base + ((x Aᵀ) ∘ gates per rank) B``; arguments and result as in :func:`mix_reference`.
+class Stacked:
+    """Every expert on every token, in two products."""
 
-    The products run in the wider dtype of input and experts, as in PEFT; the sum is taken once, in the
-    dtype of ``base_NO``.
-    """
-    wide = torch.promote_types(x_NI.dtype, A_RI.dtype)
-    A_RI, B_RO = A_RI.to(wide), B_RO.to(wide)
-    h_NR = functional.linear(x_NI.to(wide), A_RI)
-    # Gates are scaled in float32 and rounded once.
-    h_NR = h_NR * ranks.expand(gates_NE).to(h_NR.dtype)
-    if base_NO.dtype == h_NR.dtype == B_RO.dtype:
-        return torch.addmm(base_NO, h_NR, B_RO)
-    return base_NO + (h_NR @ B_RO).to(base_NO.dtype)
+    name = "stacked"
+
+    def supports(self, facts: Facts) -> str | None:
+        """Always."""
+        return None
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """Two products over all ranks, the weights' traffic, and the gating of every rank."""
+        ranks = facts.ranks.total
+        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
+        weights = ranks * facts.sizes * facts.dtype.itemsize / constants.bandwidth
+        return max(work, weights) + constants.per_rank * facts.tokens * ranks + constants.launch
+
+    def mix(self, operands: Operands) -> Tensor:
+        """``base + ((x Aᵀ) ∘ gates per rank) B``."""
+        x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, ids_NK, weights_NK = operands
+        if ids_NK is None or weights_NK is None:
+            gates, ids_NK = gates_NE, None
+        else:
+            gates, ids_NK = weights_NK.expand(len(x_NI), -1), ids_NK.expand(len(x_NI), -1)
+        wide = product_dtype(x_NI, A_RI)
+        given = (x_NI, A_RI, B_RO, gates)
+        # A compiler decides by itself what is kept for the backward pass.
+        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if plain or not any(t.requires_grad for t in given):
+            return _forward(*given, base_NO, ids_NK, ranks, wide)[0]
+        out_NO: Tensor = _Stacked.apply(*given, base_NO, ids_NK, ranks, wide)  # type: ignore[no-untyped-call]
+        return out_NO
 
 
-def folded_delta(A_RI: Tensor, B_RO: Tensor, gates_E: Tensor, ranks: RankMap) -> Tensor:
-    """The weight change that constant gates amount to, [O, I], for merging.
+def _forward(
+    x_NI: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    gates: Tensor,
+    base_NO: Tensor,
+    ids_NK: Tensor | None,
+    ranks: RankMap,
+    wide: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The output, and h: [N, R], or [N, K, W] at the chosen experts."""
+    h_NR = functional.linear(x_NI.to(wide), A_RI.to(wide)).to(wide)
+    if ids_NK is None:
+        # Gates are scaled in float32 and rounded once.
+        return add_product(base_NO, h_NR * ranks.expand(gates).to(wide), B_RO.to(wide)), h_NR
+    h_NKW = take_chosen(h_NR, ids_NK, ranks)
+    weights_NK1 = ranks.scale_chosen(gates, ids_NK).to(wide)[..., None]
+    hg_NR = put_chosen(h_NKW * weights_NK1, ids_NK, ranks)
+    return add_product(base_NO, hg_NR, B_RO.to(wide)), h_NKW
 
-    Args:
-        A_RI, B_RO: the stacked factors.
-        gates_E: one weight per expert, [E].
-        ranks: the segments of R.
-    """
-    gates_R = ranks.expand(gates_E).to(B_RO.dtype)
-    return (B_RO * gates_R[:, None]).T @ A_RI
+
+def take_chosen(values_NR: Tensor, ids_NK: Tensor, ranks: RankMap) -> Tensor:
+    """Ranks of the chosen experts, [N, R] to [N, K, W]; anything where an expert has no such rank."""
+    experts, width = len(ranks.ranks), ranks.width
+    if ranks.equal:
+        index_NK1 = ids_NK.clamp_max(experts - 1)[..., None]
+        grid_NEW = values_NR.view(-1, experts, width)
+        return grid_NEW.gather(1, index_NK1.expand(-1, -1, width))
+    rows_NKW = ranks.rows(ids_NK.device)[ids_NK]
+    return values_NR.gather(1, rows_NKW.clamp_max(ranks.total - 1).flatten(1)).view(rows_NKW.shape)
+
+
+def put_chosen(values_NKW: Tensor, ids_NK: Tensor, ranks: RankMap) -> Tensor:
+    """Back on the rank axis, [N, R], with zeros at all other experts."""
+    tokens, experts, width = len(ids_NK), len(ranks.ranks), ranks.width
+    # Behind the last rank there is room for what belongs to no expert, and is cut off.
+    if ranks.equal:
+        room_NEW = values_NKW.new_zeros(tokens, experts + 1, width)
+        room_NEW = room_NEW.scatter(1, ids_NK[..., None].expand(-1, -1, width), values_NKW)
+        return room_NEW.view(tokens, -1)[:, : ranks.total]
+    rows_NKW = ranks.rows(ids_NK.device)[ids_NK]
+    room_NR = values_NKW.new_zeros(tokens, ranks.total + 1)
+    return room_NR.scatter(1, rows_NKW.flatten(1), values_NKW.flatten(1))[:, : ranks.total]
+
+
+def chosen_sums(values_NKW: Tensor, ids_NK: Tensor, ranks: RankMap) -> Tensor:
+    """Scaled sums over the ranks of each chosen expert, [N, K]; 0 for "no expert"."""
+    if ranks.equal:
+        sums_NK = values_NKW.sum(-1).masked_fill(ids_NK == len(ranks.ranks), 0.0)
+    else:
+        rows_NKW = ranks.rows(ids_NK.device)[ids_NK]
+        sums_NK = values_NKW.masked_fill(rows_NKW == ranks.total, 0.0).sum(-1)
+    return ranks.scale_chosen(sums_NK, ids_NK)
+
+
+class _Stacked(torch.autograd.Function):
+    """Keeps what its gradients need: x for A; h for gates and B; gates for x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        A_RI: Tensor,
+        B_RO: Tensor,
+        gates: Tensor,
+        base_NO: Tensor,
+        ids_NK: Tensor | None,
+        ranks: RankMap,
+        wide: torch.dtype,
+    ) -> Tensor:
+        with torch.autocast(x_NI.device.type, enabled=False):
+            out_NO, h = _forward(x_NI, A_RI, B_RO, gates, base_NO, ids_NK, ranks, wide)
+        for_x, for_A, for_B, for_gates = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(
+            x_NI if for_A else None,
+            A_RI if for_x else None,
+            B_RO,
+            gates,
+            ids_NK,
+            h if for_gates or for_B else None,
+        )
+        ctx.ranks, ctx.wide, ctx.x_dtype, ctx.A_dtype = ranks, wide, x_NI.dtype, A_RI.dtype
+        return out_NO
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy_NO: Tensor) -> Gradients:
+        x_NI, A_RI, B_RO, gates, ids_NK, h = ctx.saved_tensors
+        ranks, wide = ctx.ranks, ctx.wide
+        for_x, for_A, for_B, for_gates, for_base = ctx.needs_input_grad[:5]
+        dx_NI = dA_RI = dB_RO = dgates = None
+        with torch.autocast(dy_NO.device.type, enabled=False):
+            wide_NO = dy_NO.to(wide)
+            if for_x or for_A or for_gates:
+                dhg = wide_NO @ B_RO.to(wide).T
+                if ids_NK is not None:
+                    dhg = take_chosen(dhg, ids_NK, ranks)
+            if for_gates:
+                dgates = _gate_gradient(dhg, h, gates, ids_NK, ranks)
+            if for_x or for_A:
+                dh_NR = _gated(dhg, gates, ids_NK, ranks)
+                dx_NI = (dh_NR @ A_RI.to(wide)).to(ctx.x_dtype) if for_x else None
+                dA_RI = (dh_NR.T @ x_NI.to(wide)).to(ctx.A_dtype) if for_A else None
+            if for_B:
+                dB_RO = (_gated(h, gates, ids_NK, ranks).T @ wide_NO).to(B_RO.dtype)
+        return dx_NI, dA_RI, dB_RO, dgates, dy_NO if for_base else None, None, None, None
+
+
+def _gated(values: Tensor, gates: Tensor, ids_NK: Tensor | None, ranks: RankMap) -> Tensor:
+    if ids_NK is None:
+        return values * ranks.expand(gates).to(values.dtype)
+    weights_NK1 = ranks.scale_chosen(gates, ids_NK).to(values.dtype)[..., None]
+    return put_chosen(values * weights_NK1, ids_NK, ranks)
+
+
+def _gate_gradient(dhg: Tensor, h: Tensor, gates: Tensor, ids_NK: Tensor | None, ranks: RankMap) -> Tensor:
+    # Summed over ranks in float32: bf16 sums would lose two digits of the router's gradient.
+    products = dhg.to(torch.promote_types(dhg.dtype, torch.float32)) * h
+    if ids_NK is not None:
+        sums = chosen_sums(products, ids_NK, ranks)
+    else:
+        if gates.shape[0] == 1:
+            products = products.sum(0, keepdim=True)
+        sums = ranks.reduce(products)
+    return sums.to(gates.dtype)

@@ -22,6 +22,7 @@ SCORING_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Far below every score, yet finite: an absent expert's probability is 0, and 0 · log 0 stays 0.
 _ABSENT = -1.0e4
+_CONSTANTS: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
 
 def select(
@@ -48,18 +49,19 @@ def select(
     Returns:
         A :class:`Routing` with gates [B, T, E]; the null expert's column is dropped from the gates
         (its weight goes to no expert) and kept in the logits, which are divided by the temperature.
+        Where every token keeps k columns it also names the experts, for sparse arithmetic.
     """
     # From here on "logits" are what the gates are made of: losses and reports see the temperature, too.
     logits_BTX = logits_BTX / settings.temperature
-    absent = list(settings.missing_columns)
+    absent = settings.missing_columns
     if absent:
-        logits_BTX = logits_BTX.index_fill(-1, torch.tensor(absent, device=logits_BTX.device), _ABSENT)
+        logits_BTX = logits_BTX.index_fill(-1, constant(absent, logits_BTX.device), _ABSENT)
     dense_BTX = SCORING_FUNCS[settings.scoring_func](logits_BTX)
     if absent and settings.scoring_func == "none":
-        dense_BTX = dense_BTX.index_fill(-1, torch.tensor(absent, device=dense_BTX.device), 0.0)
-    weights_BTX, selected_BTX = dense_BTX, None
+        dense_BTX = dense_BTX.index_fill(-1, constant(absent, dense_BTX.device), 0.0)
+    weights_BTX, selected_BTX, ids_BTK = dense_BTX, None, None
     if settings.is_sparse:
-        selected_BTX = _selected(logits_BTX, dense_BTX, settings, bias_X, real_BT)
+        selected_BTX, ids_BTK = _selected(logits_BTX, dense_BTX, settings, bias_X, real_BT)
         weights_BTX = torch.where(selected_BTX, dense_BTX, torch.zeros_like(dense_BTX))
     if settings.norm_topk_prob:
         weights_BTX = _normalised(weights_BTX)
@@ -67,7 +69,11 @@ def select(
         soft_BTX = _normalised(dense_BTX) if settings.norm_topk_prob else dense_BTX
         weights_BTX = weights_BTX.detach() + (soft_BTX - soft_BTX.detach())
     gates_BTE = _as_gates(weights_BTX * settings.scaling_factor, settings)
-    return Routing(gates=gates_BTE, logits=logits_BTX, selected=selected_BTX)
+    routing = Routing(gates=gates_BTE, logits=logits_BTX, selected=selected_BTX)
+    # Straight-through gates have gradients at the experts that were left out, too.
+    if ids_BTK is not None and not (settings.straight_through and gates_BTE.requires_grad):
+        routing.expert_ids, routing.expert_weights = _chosen(ids_BTK, gates_BTE, settings)
+    return routing
 
 
 def _selected(
@@ -76,16 +82,42 @@ def _selected(
     settings: RouterSettings,
     bias_X: Tensor | None,
     real_BT: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """Which columns are kept, [B, T, X], and their numbers [B, T, K] where they are equally many."""
     if settings.topk_method == "top_p":
-        return _top_p(dense_BTX, float(settings.top_p or 1.0))
+        return _top_p(dense_BTX, float(settings.top_p or 1.0)), None
     k = settings.top_k or settings.num_columns
     if settings.topk_method == "expert_choice":
-        return _expert_choice(dense_BTX, k, real_BT)
+        return _expert_choice(dense_BTX, k, real_BT), None
     # Of the logits: large scores are all 1.0 after a sigmoid, and would tie.
     ranking_BTX = logits_BTX if bias_X is None else dense_BTX + bias_X
     ids_BTK = ranking_BTX.topk(k, dim=-1).indices
-    return torch.zeros_like(dense_BTX, dtype=torch.bool).scatter_(-1, ids_BTK, True)
+    return torch.zeros_like(dense_BTX, dtype=torch.bool).scatter_(-1, ids_BTK, True), ids_BTK
+
+
+def _chosen(ids_BTK: Tensor, gates_BTE: Tensor, settings: RouterSettings) -> tuple[Tensor, Tensor]:
+    """Columns to experts, and those that are always on behind them; a null expert's number is E."""
+    if settings.shared:
+        # Without shared experts the columns already are the experts' numbers, and the null expert's is E.
+        experts_X = constant((*settings.routed, settings.num_experts), ids_BTK.device)
+        shared_K = constant(settings.shared, ids_BTK.device).expand(*ids_BTK.shape[:-1], -1)
+        ids_BTK = torch.cat([experts_X[ids_BTK], shared_K], dim=-1)
+    if not settings.null_expert:
+        return ids_BTK, gates_BTE.gather(-1, ids_BTK)
+    found_BTK = gates_BTE.gather(-1, ids_BTK.clamp_max(settings.num_experts - 1))
+    return ids_BTK, torch.where(ids_BTK < settings.num_experts, found_BTK, 0.0)
+
+
+def constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers on a device: made once, since every copy to an accelerator waits for it."""
+    found = _CONSTANTS.get((numbers, device))
+    if found is None:
+        # Made under torch.inference_mode() they could never be used in training afterwards.
+        with torch.inference_mode(False):
+            found = torch.tensor(numbers, dtype=torch.long, device=device)
+        if type(found) is Tensor:  # not what a tracer puts in its place
+            _CONSTANTS[numbers, device] = found
+    return found
 
 
 def _top_p(probabilities_BTX: Tensor, mass: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from peft_moe import MoLoraConfig
 from peft_moe.losses import LOSSES, decision_weights, loss_options
-from peft_moe.ops import RankMap, mix_reference, mix_stacked
+from peft_moe.ops import RankMap, mix, mix_reference
 from peft_moe.routers import Router, RouterSettings, select
 from peft_moe.routing import RoutingContext
 
@@ -32,7 +33,7 @@ def close(found, wanted, bounds):
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), **bounds)
 
 
-@pytest.mark.parametrize("op", [mix_reference, mix_stacked])
+@pytest.mark.parametrize("op", [mix_reference, partial(mix, backend="stacked"), mix])
 @pytest.mark.parametrize("case", GOLDEN["mixture"])
 def test_mixture(case, op):
     case = GOLDEN["mixture"][case]

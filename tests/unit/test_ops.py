@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_moe.ops import RankMap, folded_delta, mix_reference, mix_stacked
+from peft_moe.ops import RankMap, folded_delta, mix, mix_reference
+
+mix_stacked = partial(mix, backend="stacked")
 
 # (tokens, in, out, ranks): odd sizes, unequal ranks, empty experts, one token, no token, no rank at all.
 SHAPES = [

@@ -1,0 +1,57 @@
+"""Gates that are the same for every token make the mixture one LoRA: the gates go into a factor, once.
+
+Letters: N tokens, I in, O out, R total rank, E experts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from .constants import Constants
+from .forms import Facts, Operands, add_product, product_dtype
+from .ranks import RankMap
+
+
+class Folded:
+    """One row of gates, multiplied into the smaller factor instead of into h at every token."""
+
+    name = "folded"
+
+    def supports(self, facts: Facts) -> str | None:
+        """One row of gates."""
+        return None if facts.one_row else "its gates differ from token to token"
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """The products of one LoRA, and one pass over a factor."""
+        ranks, item = facts.ranks.total, facts.dtype.itemsize
+        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
+        weights = ranks * facts.sizes * item / constants.bandwidth
+        fold = constants.per_rank * ranks * min(facts.in_features, facts.out_features)
+        if "gates" in facts.trains or "experts" in facts.trains:
+            fold += 2 * ranks * facts.sizes * item / constants.bandwidth
+        return max(work, weights) + fold + constants.launch
+
+    def mix(self, operands: Operands) -> Tensor:
+        """``base + (x Aᵀ) (gates ∘ B)``, or with the gates on A where that is smaller."""
+        x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, _, _ = operands
+        wide = product_dtype(x_NI, A_RI)
+        A_RI, B_RO = A_RI.to(wide), B_RO.to(wide)
+        gates_R1 = ranks.expand(gates_NE[0]).to(wide)[:, None]
+        if A_RI.shape[1] < B_RO.shape[1]:
+            A_RI = A_RI * gates_R1
+        else:
+            B_RO = B_RO * gates_R1
+        return add_product(base_NO, functional.linear(x_NI.to(wide), A_RI), B_RO)
+
+
+def folded_delta(A_RI: Tensor, B_RO: Tensor, gates_E: Tensor, ranks: RankMap) -> Tensor:
+    """The weight change that constant gates amount to, [O, I], for merging.
+
+    Args:
+        A_RI, B_RO: the stacked factors.
+        gates_E: one weight per expert, [E].
+        ranks: the segments of R.
+    """
+    gates_R = ranks.expand(gates_E).to(B_RO.dtype)
+    return (B_RO * gates_R[:, None]).T @ A_RI
