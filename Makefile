@@ -5,6 +5,8 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# PEFT's own tests, which `make test` runs as well; where there is no package index they are skipped, and say so.
+PEFT_TESTS := $(VENV)/peft-tests/.fetched
 # Threads of one test process; more only fight with the other processes.
 export OMP_NUM_THREADS ?= 1
 
@@ -31,8 +33,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(STAMP)
+test: $(STAMP) $(PEFT_TESTS)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+
+$(PEFT_TESTS): $(STAMP) tests/peft_contract/sdist.txt
+	$(BIN)/python tests/peft_contract/fetch.py
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m slow

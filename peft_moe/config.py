@@ -29,8 +29,9 @@ class MoLoraConfig(RoutingFields, PeftConfig):
             folders; a number makes that many fresh, trainable experts. In a loaded or injected
             config: the list of records that describe the embedded experts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save,
-            trainable_token_indices, bias: as in ``LoraConfig`` (``bias`` only "none"). With trained
-            adapters ``target_modules`` may stay None: the union of what they adapt.
+            trainable_token_indices, bias: as in ``LoraConfig``; ``bias`` is "none", "all" or
+            "molora_only". With trained adapters ``target_modules`` may stay None: the union of what they
+            adapt.
         r, lora_alpha, use_rslora, init_weights: of fresh experts only. ``init_weights=False`` starts
             B at random instead of zero (for tests).
         train_experts: whether the experts train as well. Default: fresh ones do, given ones do not.

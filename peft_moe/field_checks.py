@@ -38,6 +38,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "router_granularity": ("token", "sequence", "running"),
     "router_pool": POOLS,
     "scoring_func": tuple(SCORING_FUNCS),
+    "bias": ("none", "all", "molora_only"),
     "topk_method": ("greedy", "top_p", "expert_choice"),
 }
 
@@ -54,13 +55,9 @@ def check_fields(config: MoLoraConfig) -> None:
             raise PeftMoeError(f"{name}={_shown.repr(value)} must be {wanted}")
     for name, options in _CHOICES.items():
         value = getattr(config, name)
-        if value is not None and value not in options:
+        if value not in options and (value is not None or name == "bias"):
             raise PeftMoeError(f"{name}={value!r} is not known.{near_matches(str(value), options)}")
     _check_experts(config.experts)
-    if config.bias != "none":
-        raise PeftMoeError(
-            f"bias={config.bias!r}: a trained bias cannot be gated per token; only 'none' is possible"
-        )
 
 
 def _check_experts(experts: Any) -> None:

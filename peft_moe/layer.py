@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PeftMoeError
+from .mixed_batch import narrow, rows_of
 from .model_router import model_decision
 from .ops import RankMap, folded_delta, mix
 from .routers import Router
@@ -109,6 +110,15 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         base_layer: nn.Module = self.get_base_layer()
         return base_layer
 
+    def follow_base_dtype(self, adapter: str) -> None:
+        """Keep an adapter's experts in the base layer's dtype, if that is one to compute in."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if adapter not in self.molora_A or adapter in self.awaited or not isinstance(weight, Tensor):
+            return
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            self.molora_A[adapter].to(weight.dtype)
+            self.molora_B[adapter].to(weight.dtype)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active mixture's; [..., I] to [..., O]."""
         if self.disable_adapters and self.merged:
@@ -117,7 +127,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         context = current_context()
         if self.disable_adapters or self.merged or (context is not None and context.probing):
             return result
-        for adapter in self.active_adapters:
+        for adapter in self.adapters_now():
             if adapter in self.molora_A:
                 result = self._mix(adapter, x, result)
         return result
@@ -125,7 +135,14 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     def _mix(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if adapter in self.awaited:
             self._check_arrived(adapter)
+        rows = rows_of(adapter, x, self.name)
         routing = self._decide(adapter, x)
+        if rows is None:
+            return self._apply_experts(adapter, routing, x, result)
+        part = self._apply_experts(adapter, narrow(routing, rows, x), x[rows], result[rows])
+        return result.index_copy(0, rows, part)
+
+    def _apply_experts(self, adapter: str, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
         mixed_NO = mix(
             x.reshape(tokens, x.shape[-1]),
@@ -162,8 +179,9 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         return Routing(gates=gates_B1E)
 
     def _check_arrived(self, adapter: str) -> None:
-        # Such experts start as NaN; whoever loads them overwrites all of it, on whatever path.
-        if bool(torch.isnan(self.molora_A[adapter].weight.flatten()[0])):
+        # Such experts start empty or as NaN; whoever loads them overwrites all of it, on whatever path.
+        weight = self.molora_A[adapter].weight
+        if weight.is_meta or bool(torch.isnan(weight.flatten()[0])):
             raise PeftMoeError(
                 f"{self.name}: the config of adapter {adapter!r} describes experts whose weights were never "
                 "loaded; load the folder with PeftModel.from_pretrained, or give `experts` as adapter paths"
@@ -224,7 +242,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise PeftMoeError(
-                    f"{self.name}: merging adapter {adapter!r} gives NaN or infinity; check its experts"
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: in "
+                    f"{self.name} it gives NaN or infinity; check its experts and its router"
                 )
             self._set_base_weight(merged)
             self.merged_adapters.append(adapter)

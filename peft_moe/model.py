@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -22,6 +22,7 @@ from .experts.plan import plan_experts
 from .four_bit import keep_unpacked
 from .layer import MoLoraLayer
 from .losses import active_losses
+from .mixed_batch import mixed_batch
 from .model_router import ModelRouter
 from .routers import Router
 from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter
@@ -51,17 +52,20 @@ class MoLoraModel(BaseTuner):
         Raises:
             PeftMoeError: a config, an adapter or a name that cannot work; the model is untouched.
         """
-        # The caller keeps its config as it was, and can use it again on another model.
-        config: MoLoraConfig = copy.copy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
+        config: MoLoraConfig = self.peft_config[adapter_name]
+        if not config.inference_mode or config.sources():
+            # Whoever makes experts keeps the config as it was, and can use it again on another model; whoever
+            # loads some finds the very one that was handed over, as PEFT promises.
+            config = copy.copy(config)
+            self.peft_config[adapter_name] = config
         _check_adapter_name(adapter_name, model)
         keep_unpacked(model, trains=not config.inference_mode)
         note_precision(config, model)
         tap, stack = _resolve_tap(config, model)
         depth = Depth(config, model)
         plan = plan_experts(config, model)
-        # Experts that were just read are real already; only a loader fills empty ones.
-        empty = low_cpu_mem_usage and plan.awaited
+        # Experts that were just read are real already; a loader fills all others.
+        empty = low_cpu_mem_usage and not plan.files
         # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
         self.__dict__["_injection"] = (plan, tap, stack, depth)
         with init_empty_weights() if empty else real_weights():
@@ -110,7 +114,7 @@ class MoLoraModel(BaseTuner):
             experts_train=peft_config.experts_train,
             below_tap=below and peft_config.router_below_tap == "prompt",
         )
-        if plan.awaited:
+        if plan.awaited or layer.molora_A[adapter_name].weight.is_meta:
             layer.awaited.add(adapter_name)
         elif router is not None:
             router.scorer.read_experts(A_RI, B_RO, rank_map.ranks, rank_map.scaling)
@@ -164,8 +168,13 @@ class MoLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Frozen experts keep the dtype they came in, so that each can be taken out bit for bit.
-        if self.peft_config[adapter_name].experts_train:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not self.peft_config[adapter_name].experts_train:
+            return
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, MoLoraLayer):
+                    module.follow_base_dtype(adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -175,20 +184,28 @@ class MoLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise PeftMoeError(
-                f"adapter_names={kwargs['adapter_names']!r}: one batch cannot use several mixtures yet; "
-                "run one batch per adapter with set_adapter()"
-            )
+        names = kwargs.get("adapter_names")
         # PEFT enters this around one forward pass or one whole generation. A decision per prompt holds for
         # all of it, also where no KV cache carries it along.
         seat: ModelRouter = getattr(self.model, MODEL_SEAT)
         outer = seat.pinned, seat.given
         seat.pinned, seat.given = {}, _given_shape(args, kwargs)
         try:
-            yield
+            with nullcontext() if names is None else self._mixed_batch(names, args, kwargs):
+                yield
         finally:
             seat.pinned, seat.given = outer
+
+    def _mixed_batch(
+        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
+        if any(layer.merged for layer in layers):
+            raise PeftMoeError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        known = {adapter for layer in layers for adapter in layer.molora_A}
+        return mixed_batch(self.model, names, known, [*args, *kwargs.values()])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""

@@ -94,7 +94,7 @@ class ModelRouter(SharedRouter):
             self._warn_unheard()
         if context.gates is not None or self.disable_adapters:
             return
-        for adapter in self.active_adapters:
+        for adapter in self.adapters_now():
             if adapter in self.per_prompt:
                 self._continue(adapter, call, context)
             if adapter in self.molora_router:
@@ -195,7 +195,7 @@ class ModelRouter(SharedRouter):
             return
         if context.gates is not None or self.disable_adapters:
             return
-        for adapter in self.active_adapters:
+        for adapter in self.adapters_now():
             tap = self.taps.get(adapter)
             if tap is None or tap.layer is not layer or tap.below == "probe" or adapter in context.shared:
                 continue

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .empty_weights import is_empty
 from .errors import PeftMoeError
+from .mixed_batch import named_adapters
 from .routers import Router
 from .routing import Routing, current_context, report
 
@@ -36,6 +37,14 @@ class MixtureLayer(BaseTunerLayer):
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
+
+    def adapters_now(self) -> list[str]:
+        """What the running call uses: the active adapters, or those that its rows name."""
+        named = named_adapters()
+        if named is not None:
+            return named
+        active: list[str] = self.active_adapters
+        return active
 
     def _home(self, adapter: str) -> nn.Module | None:
         """The part of the base next to which the weights of ``adapter`` live."""
@@ -63,6 +72,8 @@ class SharedRouter(nn.Module, MixtureLayer):
 
     adapter_layer_names = ("molora_router",)
     other_param_names = ()
+    # PEFT asks every layer of its methods for these; there is no base layer to answer for.
+    in_features = out_features = None
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -70,6 +81,16 @@ class SharedRouter(nn.Module, MixtureLayer):
         self.molora_router = nn.ModuleDict()
         self.handles: list[Any] = []
         self._start_empty()
+
+    @property
+    def weight(self) -> Tensor:
+        """None to be had: PEFT's own property would look for a base layer for ever."""
+        raise AttributeError("a shared router has no base layer, and so no weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The same."""
+        raise AttributeError("a shared router has no base layer, and so no bias")
 
     def detach_hooks(self) -> None:
         """Leave the watched modules as they were found."""

@@ -363,12 +363,6 @@ def test_the_saved_config_is_plain_and_stable(zoo: Zoo, tmp_path: Path) -> None:
     assert PeftConfig.from_pretrained(str(tmp_path)).router_tap == 1
 
 
-def test_several_mixtures_in_one_batch_are_refused(zoo: Zoo) -> None:
-    model = zoo.mixture("llama", "dense")
-    with pytest.raises(PeftMoeError, match="one batch per adapter"):
-        model(**BATCH, adapter_names=["default", "__base__"])
-
-
 def test_64_experts_of_ranks_1_to_16_in_one_mixture(tmp_path: Path) -> None:
     """Each is reached by its own gate, and comes back from a saved folder."""
     experts = {}

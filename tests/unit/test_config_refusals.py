@@ -54,7 +54,7 @@ BAD = {
     "layers_pattern": NOT_NAMES,
     "modules_to_save": ["lm_head", 3, [3], [""], True],
     "trainable_token_indices": [3, "3", [-1], ["3"], {"embed": 3}, {3: [1]}, True],
-    "bias": ["all", "lora_only", None, True, 0],
+    "bias": ["lora_only", "All", None, True, 0],
     "r": [*NOT_COUNT, None],
     "lora_alpha": [*NOT_POSITIVE, None],
     "use_rslora": [*NOT_BOOL, None],
