@@ -6,7 +6,7 @@ sizes. Letters: N tokens, I in, O out, R total rank, E experts.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -15,24 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PeftMoeError
+from .linear import as_linear, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
 from .model_router import model_decision
 from .ops import RankMap, folded_delta, mix
 from .routers import Router
 from .routing import Routing, current_context
 from .sharing import MixtureLayer, block_decision, take_decision
-
-
-def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(I, O) of a linear-like layer, None for anything else."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd | nn.Bilinear):
-        return None
-    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(in_features, int) and isinstance(out_features, int):
-        return in_features, out_features
-    return None
 
 
 class MoLoraLayer(nn.Module, MixtureLayer):
@@ -94,8 +83,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             experts_train: False declares the experts frozen to PEFT, which then keeps them so.
             below_tap: this layer follows the prompt's decision of scope "model".
         """
-        self.molora_A[adapter] = _factor(A_RI)
-        self.molora_B[adapter] = _factor(B_RO)
+        self.molora_A[adapter] = as_linear(A_RI)
+        self.molora_B[adapter] = as_linear(B_RO)
         self.rank_maps[adapter] = rank_map
         self.scopes[adapter] = scope
         self.below_tap[adapter] = below_tap
@@ -148,11 +137,11 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             x.reshape(tokens, x.shape[-1]),
             self.molora_A[adapter].weight,
             self.molora_B[adapter].weight,
-            _per_token(routing.gates, x, tokens),
+            per_token(routing.gates, x, tokens),
             self.rank_maps[adapter],
             result.reshape(tokens, result.shape[-1]),
-            expert_ids_NK=_per_token(routing.expert_ids, x, tokens),
-            weights_NK=_per_token(routing.expert_weights, x, tokens),
+            expert_ids_NK=per_token(routing.expert_ids, x, tokens),
+            weights_NK=per_token(routing.expert_weights, x, tokens),
         )
         return mixed_NO.view(result.shape)
 
@@ -281,33 +270,3 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     def extra_repr(self) -> str:
         """Ranks of every adapter's experts."""
         return ", ".join(f"{adapter}: ranks={m.ranks}" for adapter, m in self.rank_maps.items())
-
-
-def _factor(weight_RX: Tensor) -> nn.Linear:
-    # Made on "meta", so that no time goes into random numbers that the weight replaces at once.
-    linear = nn.Linear(weight_RX.shape[1], weight_RX.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight_RX)
-    return linear
-
-
-@overload
-def _per_token(values: Tensor, x: Tensor, tokens: int) -> Tensor: ...
-@overload
-def _per_token(values: None, x: Tensor, tokens: int) -> None: ...
-def _per_token(values: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
-    """Part of a decision, [1, E] where it is constant, else [N, E] for the tokens of ``x`` [..., I]."""
-    if values is None:
-        return None
-    rows, columns, last = values.shape
-    if rows == columns == 1:
-        return values.view(1, last)
-    if columns == 1 and rows != tokens:
-        # One decision per sequence; the layer may see [B, T, I] or the same tokens flattened.
-        values = values.expand(rows, tokens // rows, last)
-    if values.shape[0] * values.shape[1] != tokens:
-        raise PeftMoeError(
-            f"the decision covers {rows}×{columns} tokens, the layer was given {tuple(x.shape[:-1])}; "
-            "this layer sees other tokens than the router: use router_scope='module' or leave it out of "
-            "target_modules"
-        )
-    return values.reshape(tokens, last)

@@ -1,7 +1,7 @@
 """One batch, a mixture of its own for each row: PEFT's ``adapter_names``, at inference.
 
-Every mixture that is named decides for the whole batch, as if it were alone, so that its routers, taps and the
-decisions in a KV cache need to know nothing of the others; each layer then applies it to its own rows only.
+Every mixture that is named decides for the whole batch, as if it were alone, so that its routers, taps and
+the decisions in a KV cache need to know nothing of the others; each layer applies it to its own rows only.
 
 Letters: B rows as given, N rows as a layer sees them, I in, O out.
 """
@@ -26,24 +26,29 @@ _names: ContextVar[tuple[str, ...] | None] = ContextVar("peft_moe_adapter_names"
 
 
 def named_adapters() -> list[str] | None:
-    """The mixtures that the running call's rows use, in order of appearance; None outside of a mixed batch."""
+    """The mixtures that the running call's rows name, in order; None outside of a mixed batch."""
     names = _names.get()
     return None if names is None else [name for name in dict.fromkeys(names) if name != BASE]
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, names: Sequence[str], known: set[str], given: Sequence[Any]) -> Iterator[None]:
+def mixed_batch(model: nn.Module, names: Sequence[str], given: Sequence[Any]) -> Iterator[None]:
     """Run the model's calls inside with one adapter per row.
 
     Args:
         model: the base with its mixtures.
         names: one adapter per row, ``"__base__"`` for none.
-        known: all adapters that the model has.
         given: the call's arguments.
 
     Raises:
         PeftMoeError: training mode, merged adapters, unknown names, or another number of rows.
     """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "molora_A")]
+    if any(layer.merged for layer in layers):
+        raise PeftMoeError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    known = {adapter for layer in layers for adapter in layer.molora_A}
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise PeftMoeError(f"adapter_names={names!r} must be a list with one adapter's name for each row")
     if model.training:
@@ -77,7 +82,7 @@ def _wrong_length(names: Sequence[str], rows: int) -> PeftMoeError:
 
 
 def _tell(names: tuple[str, ...]) -> Callable[..., Any]:
-    # What PEFT itself keeps beside a mixture (modules_to_save, trained tokens) takes the names as an argument.
+    # What PEFT keeps beside a mixture (modules_to_save, trained tokens) takes the names as an argument.
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         repeats = len(args[0]) // len(names) if args and len(names) else 1
         return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
@@ -88,8 +93,8 @@ def _tell(names: tuple[str, ...]) -> Callable[..., Any]:
 def rows_of(adapter: str, x: Tensor, layer_name: str) -> Tensor | None:
     """Which rows of a layer's input [N, …, I] belong to an adapter; None for all of them.
 
-    N is B, or a multiple of it, where a generation follows several beams or a layer is given flat tokens: both
-    keep what belongs to one row together.
+    N is B, or a multiple of it, where a generation follows several beams or a layer is given flat tokens:
+    both keep what belongs to one row together.
 
     Raises:
         PeftMoeError: the layer sees other rows than the batch's, which nobody can tell apart.
@@ -100,8 +105,8 @@ def rows_of(adapter: str, x: Tensor, layer_name: str) -> Tensor | None:
     rows = x.shape[0]
     if not names or rows % len(names) or ".experts." in layer_name:
         raise PeftMoeError(
-            f"{layer_name}: was given {rows} rows, the batch has {len(names)}, so that adapter_names cannot say "
-            "whose they are; run one batch per adapter with set_adapter(), or leave this layer out of "
+            f"{layer_name}: was given {rows} rows, the batch has {len(names)}, so that adapter_names cannot "
+            "say whose they are; run one batch per adapter with set_adapter(), or leave this layer out of "
             "target_modules"
         )
     repeats = rows // len(names)

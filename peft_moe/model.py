@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -25,7 +25,7 @@ from .losses import active_losses
 from .mixed_batch import mixed_batch
 from .model_router import ModelRouter
 from .routers import Router
-from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter
+from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter, share_constant
 from .taps import Tap, find_tap
 
 
@@ -157,7 +157,7 @@ class MoLoraModel(BaseTuner):
         if config.router_granularity == "running":
             seat.running.add(adapter)
         if config.router_scope != "module" and not config.scorer.reads_input:
-            _share_constant(seats, adapter, layers)
+            share_constant(seats, adapter, layers)
         for shared in seats:
             shared._move_adapter_to_device_of_base_layer(adapter)
             shared.enable_adapters(not self._any_disabled(layers))
@@ -191,21 +191,12 @@ class MoLoraModel(BaseTuner):
         outer = seat.pinned, seat.given
         seat.pinned, seat.given = {}, _given_shape(args, kwargs)
         try:
-            with nullcontext() if names is None else self._mixed_batch(names, args, kwargs):
+            with (
+                nullcontext() if names is None else mixed_batch(self.model, names, (*args, *kwargs.values()))
+            ):
                 yield
         finally:
             seat.pinned, seat.given = outer
-
-    def _mixed_batch(
-        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AbstractContextManager[None]:
-        layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
-        if any(layer.merged for layer in layers):
-            raise PeftMoeError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        known = {adapter for layer in layers for adapter in layer.molora_A}
-        return mixed_batch(self.model, names, known, [*args, *kwargs.values()])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
@@ -279,14 +270,6 @@ def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, st
     if config.scorer.reads_input and config.scorer.reads_hidden:
         config.router_tap = tap.index
     return tap, stack
-
-
-def _share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, MoLoraLayer]) -> None:
-    # Gates that do not depend on the input can be merged, for which each layer needs to know its router.
-    routers = {seat.name: seat.molora_router[adapter] for seat in seats if adapter in seat.molora_router}
-    for name, layer in layers.items():
-        router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_SEAT)
-        layer.constant_routers[adapter] = router
 
 
 def _seat_blocks(

@@ -203,6 +203,14 @@ def take_decision(router: Router, adapter: str, name: str, x: Tensor) -> Routing
     return routing
 
 
+def share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, Any]) -> None:
+    """Tell layers by name who their router is: gates that do not depend on the input can be merged there."""
+    routers = {seat.name: seat.molora_router[adapter] for seat in seats if adapter in seat.molora_router}
+    for name, layer in layers.items():
+        router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_SEAT)
+        layer.constant_routers[adapter] = router
+
+
 def named_routers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Router]]:
     """Every router of an adapter, under the name by which its decisions are recorded."""
     for module in model.modules():

@@ -70,6 +70,9 @@ if __name__ == "__main__":
         print(f"PEFT's own tests: {fetch()}")
         (cache() / ".fetched").touch()
     except subprocess.CalledProcessError:
-        print("PEFT's own tests could not be fetched from the package index; its test will be skipped", file=sys.stderr)
+        print(
+            "PEFT's own tests could not be fetched from the package index; its test will be skipped",
+            file=sys.stderr,
+        )
         if os.environ.get("PEFT_CONTRACT") == "required":
             sys.exit(1)

@@ -1,8 +1,9 @@
 """A pytest plugin that turns PEFT's own tests to ``MoLoraConfig``; loaded by ``-p`` in a process of its own.
 
-PEFT's tests are parametrised over its methods. Here each such list is replaced by ours, and tests of single other
-methods are left out, as is what ``inapplicable.toml`` names. ``PEFT_CONTRACT_EXPERTS`` says whether the experts are
-"trainable" or "frozen"; the outcomes go to the file that ``PEFT_CONTRACT_OUTCOMES`` names, one line per test.
+PEFT's tests are parametrised over its methods. Here each such list is replaced by ours, and tests of single
+other methods are left out, as is what ``inapplicable.toml`` names. ``PEFT_CONTRACT_EXPERTS`` says whether the
+experts are "trainable" or "frozen"; the outcomes go to the file that ``PEFT_CONTRACT_OUTCOMES`` names, one
+line per test.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ INAPPLICABLE = Path(__file__).with_name("inapplicable.toml")
 
 # What is merged must have gates that do not depend on the input; everything else runs with a router.
 STATIC = {"router": "uniform"}
-# Tests that merge at their end without saying so, or that ask of every weight to follow the base's dtype, which
-# routers never do (tests/conformance/test_dtypes.py); a gate-less mixture has no router.
+# Tests that merge at their end without saying so, or that ask of every weight to follow the base's dtype,
+# which routers never do (tests/conformance/test_dtypes.py); a gate-less mixture has no router.
 STATIC_TESTS = ("merg", "test_forward_", "no_autocast_adapter_dtype", "test_adapter_dtype_autocast")
 TASKS = {
     "test_decoder_models": "CAUSAL_LM",
@@ -67,8 +68,8 @@ MIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": 2
     * ({**CONV1D, "modules_to_save": ["lin0"]},),
 }
-# Lines in the bodies of PEFT's tests that ask for one of its classes and mean us as well: what only LoRA can, and
-# the learning rate of a method whose gates depend on the input.
+# Lines in the bodies of PEFT's tests that ask for one of its classes and mean us as well: what only LoRA can,
+# and the learning rate of a method whose gates depend on the input.
 READ_AS_OURS = {
     "test_mixed_adapter_batches": "LoraConfig",
     "test_generate_with_mixed_adapter_batches": "LoraConfig",
@@ -103,7 +104,9 @@ def values_for(names: tuple[str, ...], module: str, test: str) -> list[Any] | No
 
     match names:
         case ("config_cls", "config_kwargs"):
-            return [pytest.param(CONFIG, {"task_type": TASKS[module], "target_modules": None, **extra}, id="m")]
+            return [
+                pytest.param(CONFIG, {"task_type": TASKS[module], "target_modules": None, **extra}, id="m")
+            ]
         case ("test_name", "model_id", "config_cls", "config_kwargs"):
             return [
                 pytest.param(name, model, CONFIG, {**fields, **extra}, id=name)

@@ -71,7 +71,17 @@ def run(experts: str, scratch: Path, *arguments: str) -> Results:
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
         environment.pop(name, None)
     modules = [f"tests/test_{name}.py" for name in MODULES]
-    options = ["-c", os.devnull, "--rootdir", ".", "-p", "peft_contract.plugin", "-p", "no:cacheprovider", "-q"]
+    options = [
+        "-c",
+        os.devnull,
+        "--rootdir",
+        ".",
+        "-p",
+        "peft_contract.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-W", "ignore", "--tb=short", *modules, *arguments],
         cwd=suite(), env=environment, capture_output=True, text=True, check=False,
@@ -102,7 +112,9 @@ def main() -> None:
         found[experts] = results.passed
     names = sorted(set().union(*found.values()))
     width = max(map(len, names))
-    lines = [f"# How many cases of each of PEFT's own tests pass, with experts that are {' and '.join(EXPERTS)}."]
+    lines = [
+        f"# How many cases of each of PEFT's own tests pass, with experts that are {' and '.join(EXPERTS)}."
+    ]
     for name in names:
         counts = "".join(f"{found[experts].get(name, '-'):>5}" for experts in EXPERTS)
         lines.append(f"{name:<{width}}{counts}")

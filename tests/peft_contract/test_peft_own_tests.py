@@ -13,7 +13,9 @@ from peft_contract.run import EXPERTS, recorded, run
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_peft_own_tests(experts: str, tmp_path: Path) -> None:
     if not suite().exists():
-        message = f"{suite()} is missing; `python tests/peft_contract/fetch.py` fetches it, as `make test` does"
+        message = (
+            f"{suite()} is missing; `python tests/peft_contract/fetch.py` fetches it, as `make test` does"
+        )
         (pytest.fail if os.environ.get("PEFT_CONTRACT") == "required" else pytest.skip)(message)
     results = run(experts, tmp_path)
     assert results.failed == [], results.log

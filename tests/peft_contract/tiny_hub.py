@@ -1,7 +1,7 @@
 """Tiny random models under the ids that PEFT's tests ask for, in the layout of the Hub's cache.
 
-``python tiny_hub.py FOLDER`` makes them; with ``HF_HUB_CACHE=FOLDER`` and ``HF_HUB_OFFLINE=1`` transformers finds
-them as if they had been downloaded.
+``python tiny_hub.py FOLDER`` makes them; with ``HF_HUB_CACHE=FOLDER`` and ``HF_HUB_OFFLINE=1`` transformers
+finds them as if they had been downloaded.
 """
 
 from __future__ import annotations

@@ -36,6 +36,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "probe",
         "decode_state",
         "checkpointing",
+        "linear",
+        "mixed_batch",
         "sharing",
         "model_router",
         "layer",
