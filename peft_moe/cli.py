@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .commands.extract import extract
+from .console import wide_console
 from .errors import PeftMoeError
 from .evaluation.bakeoff.command import bakeoff
 
@@ -73,12 +74,8 @@ def routers(
     wide_console().print(table)
 
 
-def wide_console() -> Console:
-    """A console that does not squeeze tables into 80 columns where nobody said how wide it is."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
 app.command()(bakeoff)
+app.command()(extract)
 
 
 def run() -> None:

@@ -1,0 +1,1 @@
+"""Commands of ``peft-moe``, one file each."""
