@@ -37,7 +37,9 @@ def past_length(call: dict[str, Any]) -> int:
     return int(cache.get_seq_length())
 
 
-def read_call(call: dict[str, Any], *, causal: bool, given: tuple[int, int] | None = None) -> RoutingContext:
+def read_call(
+    call: dict[str, Any], *, causal: bool, given: tuple[int, int] | None = None, count_turns: bool = True
+) -> RoutingContext:
     """The context of one forward pass, from the model's own arguments and from ``routing_inputs``.
 
     Args:
@@ -48,6 +50,7 @@ def read_call(call: dict[str, Any], *, causal: bool, given: tuple[int, int] | No
         given: rows and width of the ids that the user gave, where this call may be one of many that
             continue them: what lies behind them in a call without a past are candidates and answers,
             never prompt; and their rows may be repeated for beams.
+        count_turns: whether to tell the prompt's turns apart, which reads a number back from the device.
     """
     tokens = call.get("input_ids")
     if tokens is None:
@@ -80,12 +83,12 @@ def read_call(call: dict[str, Any], *, causal: bool, given: tuple[int, int] | No
         if not (past > 0 and inputs.prompt_used):
             inputs.prompt_used = True
             mask = _as_call(inputs.prompt_mask.to(tokens.device).bool(), shape, past, given)
-            _set_prompt(context, mask, shape)
+            _set_prompt(context, mask, shape, count_turns)
     elif past == 0 and given is not None and shape[1] > given[1]:
         all_BT = torch.ones(given, dtype=torch.bool, device=tokens.device)
-        _set_prompt(context, _as_call(all_BT, shape, past, given), shape)
+        _set_prompt(context, _as_call(all_BT, shape, past, given), shape, count_turns)
     elif causal and _is_per_token(call.get("labels"), shape):
-        _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape)
+        _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape, count_turns)
     return context
 
 
@@ -132,7 +135,9 @@ def _real_tokens(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
     return None
 
 
-def _set_prompt(context: RoutingContext, prompt_BT: Tensor, shape: tuple[int, int]) -> None:
+def _set_prompt(
+    context: RoutingContext, prompt_BT: Tensor, shape: tuple[int, int], count_turns: bool
+) -> None:
     if tuple(prompt_BT.shape) != shape:
         raise PeftMoeError(
             f"prompt_mask is {tuple(prompt_BT.shape)}, this call has {shape} tokens; "
@@ -140,9 +145,11 @@ def _set_prompt(context: RoutingContext, prompt_BT: Tensor, shape: tuple[int, in
         )
     if context.real is not None:
         prompt_BT = prompt_BT & context.real
+    context.prompt = prompt_BT
+    if not count_turns:
+        return
     # A turn begins wherever prompt tokens follow others; padding before the first belongs to turn 0.
     starts_BT = prompt_BT & ~torch.nn.functional.pad(prompt_BT, (1, 0))[:, :-1]
-    context.prompt = prompt_BT
     turns_B = starts_BT.sum(-1)
     # The only place that reads a value back from the device; decoding steps carry no prompt mask.
     most, fewest = torch.stack((turns_B.max(), turns_B.min())).tolist() if len(turns_B) else (1, 1)

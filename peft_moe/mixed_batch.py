@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 
 from .errors import PeftMoeError
 from .routing import Routing
+from .slots import Slot
 
 BASE = "__base__"
 
-_names: ContextVar[tuple[str, ...] | None] = ContextVar("peft_moe_adapter_names", default=None)
+_names = Slot[tuple[str, ...]]("peft_moe_adapter_names")
 
 
 def named_adapters() -> list[str] | None:

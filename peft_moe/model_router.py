@@ -87,7 +87,9 @@ class ModelRouter(SharedRouter):
         if running is not None and running.probing:
             return
         call = named_arguments(model, args, kwargs)
-        context = read_call(call, causal=_generates(model), given=self.given)
+        # A traced call cannot branch on numbers; routers that decide by the token have no use for turns.
+        turns = bool(self.per_prompt) or not torch.compiler.is_compiling()
+        context = read_call(call, causal=_generates(model), given=self.given, count_turns=turns)
         enter_context(context)
         bind_checkpoints(model)
         if self.loss_fields and model.training and torch.is_grad_enabled() and not is_recording():

@@ -32,11 +32,7 @@ _NOT_FOR_THE_PROBE = {
 
 
 class TapReached(Exception):  # noqa: N818  # a stop, not an error
-    """Ends a probe; carries the hidden states at the tap, [B, T, I]."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__("the probe reached its tap")
-        self.hidden = hidden
+    """Ends a probe; carries the hidden states at the tap, [B, T, I], as its only argument."""
 
 
 def run_probe(
@@ -73,7 +69,8 @@ def run_probe(
         try:
             backbone(**arguments)
         except TapReached as reached:
-            return reached.hidden
+            hidden_BTI: Tensor = reached.args[0]
+            return hidden_BTI
     raise PeftMoeError(f"the base never called {tap.name}, which router_tap names; choose another layer")
 
 

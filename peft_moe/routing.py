@@ -7,19 +7,20 @@ Shape legend, used as suffixes of local tensors in every maths file of this pack
     E experts    X experts plus the null expert, where there is one (else X = E)    K top-k
 
 Nothing here imports another part of the package, and modules keep no state between calls: what a
-forward pass needs to know lives in one :class:`RoutingContext`, found through a ``ContextVar``.
+forward pass needs to know lives in one :class:`RoutingContext`, found through a :class:`Slot`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .slots import Slot
 
 
 @dataclass
@@ -156,9 +157,9 @@ def below(adapter: str) -> str:
     return f"{adapter}/below"  # no adapter's name has a slash
 
 
-_context: ContextVar[RoutingContext | None] = ContextVar("peft_moe_context", default=None)
-_inputs: ContextVar[RoutingInputs | None] = ContextVar("peft_moe_inputs", default=None)
-_record: ContextVar[RoutingRecord | None] = ContextVar("peft_moe_record", default=None)
+_context = Slot[RoutingContext]("peft_moe_context")
+_inputs = Slot[RoutingInputs]("peft_moe_inputs")
+_record = Slot[RoutingRecord]("peft_moe_record")
 
 
 def current_context() -> RoutingContext | None:

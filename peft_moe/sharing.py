@@ -7,7 +7,6 @@ like any other. Its attribute must not hold PEFT's prefix ``molora_``, which PEF
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -21,6 +20,7 @@ from .errors import PeftMoeError
 from .mixed_batch import named_adapters
 from .routers import Router
 from .routing import Routing, current_context, report
+from .slots import Slot
 
 MODEL_SEAT = "shared_router"
 BLOCK_SEAT = "block_router"
@@ -124,7 +124,7 @@ class _BlockCall:
     parent: _BlockCall | None = None
 
 
-_block_call: ContextVar[_BlockCall | None] = ContextVar("peft_moe_block", default=None)
+_block_call = Slot[_BlockCall]("peft_moe_block")
 
 
 class BlockRouter(SharedRouter):

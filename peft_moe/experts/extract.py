@@ -158,7 +158,7 @@ def _difference(
     with plan.model.mapped(pair.model_key) as mapped:
         # Block by block: the whole in float32 would be a third tensor.
         for mine, theirs in zip(row_blocks(delta), row_blocks(mapped), strict=True):
-            mine += theirs.to(device=device, dtype=torch.float32)
+            mine.add_(theirs.to(device=device, dtype=torch.float32))
     norm = frobenius(delta)
     _check_finite(norm, pair.name, plan.model)
     return delta, norm, base_norm
