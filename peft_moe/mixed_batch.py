@@ -103,11 +103,12 @@ def rows_of(adapter: str, x: Tensor, layer_name: str) -> Tensor | None:
     if names is None:
         return None
     rows = x.shape[0]
-    if not names or rows % len(names) or ".experts." in layer_name:
+    loose = ".experts." in layer_name  # of a sparse base, whose experts see tokens in an order of their own
+    if not names or rows % len(names) or loose:
+        seen = "loose tokens" if loose else f"{rows} rows where the batch has {len(names)}"
         raise PeftMoeError(
-            f"{layer_name}: was given {rows} rows, the batch has {len(names)}, so that adapter_names cannot "
-            "say whose they are; run one batch per adapter with set_adapter(), or leave this layer out of "
-            "target_modules"
+            f"{layer_name} sees {seen}, so that adapter_names cannot say whose they are; run one batch per "
+            "adapter with set_adapter(), or leave this layer out of target_modules"
         )
     repeats = rows // len(names)
     own = [row for row, name in enumerate(names) if name == adapter]

@@ -8,9 +8,10 @@ from peft import PeftModel, get_peft_model
 from support.batches import batch_for, logits_of, pad, texts
 from support.routing import ROUTINGS, set_routers
 from support.zoo import Zoo
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig, PeftMoeError, routing_inputs
+from peft_moe.mixed_batch import mixed_batch, rows_of
 
 NAMES = ["one", "__base__", "two", "one"]
 LENGTHS = (9, 6, 8, 5)
@@ -139,3 +140,27 @@ def test_what_cannot_be_mixed_is_refused(zoo: Zoo) -> None:
     model.unmerge_adapter()
     # Merging and back rounds at 2^-24 of weights of size 1.
     torch.testing.assert_close(logits_of(model, batch), before, **FP32)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows", "message"),
+    [
+        ("layers.0.q_proj", 3, "3 rows where the batch has 2"),
+        ("layers.0.mlp.experts.1.up", 4, "loose tokens"),
+    ],
+)
+def test_rows_that_nobody_can_tell_apart_are_refused(layer: str, rows: int, message: str) -> None:
+    with (
+        mixed_batch(nn.Identity().eval(), ["__base__", "__base__"], ()),
+        pytest.raises(PeftMoeError, match=rf"{layer}.*{message}.*set_adapter"),
+    ):
+        rows_of("one", torch.zeros(rows, 5), layer)
+
+
+def test_rows_of_beams_and_flat_tokens_stay_together() -> None:
+    names = ["__base__", "__base__"]
+    with mixed_batch(nn.Identity().eval(), names, ()):
+        assert rows_of("__base__", torch.zeros(2, 5), "q").tolist() == [0, 1]
+        assert rows_of("__base__", torch.zeros(6, 5), "q").tolist() == [0, 1, 2, 3, 4, 5]
+        assert rows_of("one", torch.zeros(6, 5), "q").tolist() == []
+    assert rows_of("one", torch.zeros(2, 5), "q") is None
