@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .commands.extract import extract
+from .commands.plan import plan
 from .console import wide_console
 from .errors import PeftMoeError
 from .evaluation.bakeoff.command import bakeoff
@@ -76,6 +77,7 @@ def routers(
 
 app.command()(bakeoff)
 app.command()(extract)
+app.command()(plan)
 
 
 def run() -> None:

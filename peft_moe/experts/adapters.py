@@ -152,7 +152,7 @@ def open_experts(
     with ExitStack() as opened:
         files = []
         for source in sources:
-            file = ExpertFile(_spec(source, configs[source.expert]), source.file(WEIGHTS_FILE))
+            file = ExpertFile(spec_of(source, configs[source.expert]), source.file(WEIGHTS_FILE))
             opened.callback(file.close)
             files.append(file)
         for file in files:
@@ -180,7 +180,7 @@ def _checked_configs(
     return configs
 
 
-def _spec(source: Source, config: Mapping[str, Any]) -> ExpertSpec:
+def spec_of(source: Source, config: Mapping[str, Any]) -> ExpertSpec:
     """A spec in a fixed order: PEFT writes sets, whose order changes from run to run."""
     lists: dict[str, Any] = {}
     for field in ("target_modules", "exclude_modules", "layers_to_transform"):

@@ -44,12 +44,13 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "experts",
     ),
     4: ("model", "fitting"),
-    5: ("registration", "training", "evaluation", "catalogue"),
+    5: ("registration", "training", "evaluation", "catalogue", "planning"),
     6: ("cli", "commands", "console", "demo", "__init__", "__main__"),
 }
 MAX_FILE, MAX_FUNCTION = 300, 60
-# Packages that only some files may import. Demo and bake-off take trl's SFTConfig, which trainers need.
-ONLY_IN = {"trl": ("training", "demo.methods", "evaluation.bakeoff.training")}
+# Packages that only some files may import. Demo and bake-off take trl's SFTConfig, which trainers need; a
+# plan traces its loss.
+ONLY_IN = {"trl": ("training", "demo.methods", "evaluation.bakeoff.training", "planning.step")}
 NOT_ON_IMPORT = ("trl", "sklearn", "datasets", "matplotlib")
 
 
