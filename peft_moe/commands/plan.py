@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -52,7 +52,7 @@ def plan(
         loss=loss,
         device=device,
     )
-    fresh = {} if expert else {"r": rank}
+    fresh: dict[str, Any] = {} if expert else {"r": rank}
     mixture = MoLoraConfig(
         experts=list(expert) if expert else experts,
         **fresh,
