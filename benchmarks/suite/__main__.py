@@ -53,22 +53,27 @@ def main(words: list[str] | None = None) -> int:
             print(reason, file=sys.stderr)  # it is then left out, and said to be
     peaks = measure_peaks(256, 8) if args.quick else measure_peaks()
     try:
-        rows = measure(args.levels, peaks, args.quick)
+        rows, notes = measure(args.levels, peaks, args.quick)
     except ParityError as error:
         print(f"No figures: {error}", file=sys.stderr)
         return 1
-    text = heading(peaks, args.quick, time.monotonic() - start)
-    text += "\n\n".join(part for part in (tables(rows), "" if args.quick else goals(rows)) if part) + "\n\n"
+    parts = [heading(peaks, args.quick, time.monotonic() - start), *notes, tables(rows)]
+    text = "\n\n".join([*parts, *([] if args.quick else [goals(rows)])]) + "\n\n"
     print(text)
     keep(args.out, text, rows, peaks)
     return 0
 
 
-def measure(levels: list[str], peaks: Peaks, quick: bool) -> list[Row]:
-    """Rows of the levels, in the order of ``LEVELS``."""
+def measure(levels: list[str], peaks: Peaks, quick: bool) -> tuple[list[Row], list[str]]:
+    """Rows of the levels, in the order of ``LEVELS``, and who was left out of them and why."""
     start = time.monotonic()
+    left_out: list[str] = []
 
     def say(what: str) -> None:
+        if " is left out: " in what:
+            if what in left_out:
+                return
+            left_out.append(what)
         print(f"{time.monotonic() - start:6.0f} s  {what}", file=sys.stderr, flush=True)
 
     rows: list[Row] = []
@@ -80,7 +85,7 @@ def measure(levels: list[str], peaks: Peaks, quick: bool) -> list[Row]:
         rows += memory.measure(quick, say)
     if "routers" in levels:
         rows += routers.measure(quick, say)
-    return rows
+    return rows, left_out
 
 
 def heading(peaks: Peaks, quick: bool, seconds: float) -> str:
@@ -91,7 +96,7 @@ def heading(peaks: Peaks, quick: bool, seconds: float) -> str:
         f"## Benchmark, {_now():%Y-%m-%d %H:%M} UTC\n\n{kind}{processor()}; {used}. One thread; CPU time "
         f"of that thread; contestants take turns within a round; cells are medians (lower–upper quartile) of "
         f"ratios within a round. Peaks measured here: {peaks}. Parity with the reference held for every "
-        f"contestant. The run took {seconds / 60:.1f} minutes.\n\n"
+        f"contestant. The run took {seconds / 60:.1f} minutes."
     )
 
 

@@ -17,10 +17,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig
+from peft_moe.ops import FORMS
 from peft_moe.routing import record_routing
 
 from .experts import Case, Experts, adapted, make_base
 
+GATHER = "gather"
 # The layer, its name and its input [N, I] to weights of the experts, [N or 1, E].
 Gates = Callable[[nn.Module, str, Tensor], Tensor]
 
@@ -101,9 +103,9 @@ def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Con
 
 
 def backends() -> list[str]:
-    """Ways to compute a mixture that the config may ask for; none before there was a choice."""
+    """Ways to compute a mixture that the config may ask for; no gates are constant here, which would fold."""
     known = {entry.name for entry in dataclasses.fields(MoLoraConfig)}
-    return ["reference", "stacked", "grouped"] if "backend" in known else []
+    return [name for name in FORMS if name != "folded"] if "backend" in known else []
 
 
 def own(case: Case) -> dict[str, dict[str, Any]]:
@@ -112,7 +114,8 @@ def own(case: Case) -> dict[str, dict[str, Any]]:
     if case.width is None:
         ours["ours, router per block"] = {"router_scope": "block"}
     for name in backends():
-        if name != "grouped" or case.top_k is not None:
+        # It copies the chosen experts' weights for every token: made for few of them.
+        if name != GATHER or case.width is None or case.batch * case.tokens == 1:
             ours[f"ours, {name}"] = {"backend": name}
     return ours
 
@@ -146,8 +149,6 @@ def build(
             found[name] = make(copy.deepcopy(base))
         except UnavailableError as reason:
             missing[name] = str(reason)
-            continue
-        found[name].model.eval()
     return found, missing, experts
 
 

@@ -14,7 +14,7 @@ from .contestants import Contestant, build
 from .experts import DTYPE, Case
 from .floors import floor
 from .machine import Peaks
-from .parity import check
+from .parity import admit
 from .results import Row, make_rows
 
 SIDE = Case(width=1024, out=1024)
@@ -39,12 +39,11 @@ def measure(peaks: Peaks, quick: bool, say: Callable[[str], None]) -> Iterator[R
     """Forward of every case, and forward and backward with the router alone in training."""
     for case in cases(quick):
         contestants, missing, experts = build(case)
-        for name, reason in missing.items():
-            say(f"{name} is left out: {reason}")
         torch.manual_seed(2)
         x_BTI = torch.randn(case.batch, case.tokens, case.width or 0).to(DTYPE)
-        for name, contestant in contestants.items():
-            check(name, contestant, experts, x_BTI)
+        contestants = admit(contestants, experts, x_BTI, missing)
+        for name, reason in missing.items():
+            say(f"{name} is left out: {reason}")
         one_token = case.batch * case.tokens == 1
         for step, passes in (("forward", 1), ("router training", 2)):
             if one_token and passes == 2:

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .clock import Variant, interleave
-from .contestants import Contestant, build
+from .contestants import GATHER, Contestant, build
 from .experts import TINY_LLAMA, Case
 from .floors import floor
 from .machine import Peaks
-from .parity import check
+from .parity import admit
 from .results import Row, make_rows
 
 FULL = Case(experts=16, rank=8)
 # The goals' own shape, against one LoRA of the same total rank.
 GOAL = Case(experts=8, rank=16)
 GROWTH = (2, 8, 32, 128)
+OWN_FORMS = ("ours, stacked", "ours, grouped", "ours, gather")
 PROMPT, STEPS = 32, 8
 # Beyond this many experts a pass of the dense peers takes tens of seconds.
 DENSE_PEERS_UP_TO = 32
@@ -35,7 +36,7 @@ def measure(peaks: Peaks, quick: bool, say: Callable[[str], None]) -> Iterator[R
         return
     levels = ["prefill", "decode", "training"]
     yield from _case(FULL, None, levels, peaks, say, budget=40, fewest=5)
-    few = ["base", "LoRA k·r", "LoRA E·r", "ours", "ours, router per block", "ours, stacked", "ours, grouped"]
+    few = ["base", "LoRA k·r", "LoRA E·r", "ours", "ours, router per block", *OWN_FORMS]
     yield from _case(GOAL, few, levels, peaks, say, budget=15, fewest=7)
     for count in GROWTH:
         peers = ["mergoo", *(["PEFT X-LoRA", "PEFT Arrow"] if count <= DENSE_PEERS_UP_TO else [])]
@@ -56,18 +57,14 @@ def _case(
     prefix: str = "",
 ) -> Iterator[Row]:
     contestants, missing, experts = build(case, names)
-    for name, reason in missing.items():
-        say(f"{name} is left out: {reason}")
     torch.manual_seed(2)
     ids = torch.randint(0, case.sizes["vocab_size"], (case.batch, case.tokens))
-    for name, contestant in contestants.items():
-        check(name, contestant, experts, ids[:, :16])
+    contestants = admit(contestants, experts, ids[:, :16], missing)
+    for name, reason in missing.items():
+        say(f"{name} is left out: {reason}")
     for level in levels:
         training, decoding = level == "training", level == "decode"
-        # Nothing trains in Arrow; the base stands for the way back to the embeddings.
-        takes_part = {
-            name: c for name, c in contestants.items() if not training or c.trains or name == "base"
-        }
+        takes_part = {name: c for name, c in contestants.items() if _has_step(name, c, level)}
         make = {"prefill": prefill, "decode": decode, "training": training_step}[level]
         with nullcontext() if training else torch.no_grad():
             times = interleave({n: make(c, ids) for n, c in takes_part.items()}, budget=budget, fewest=fewest)
@@ -83,6 +80,13 @@ def _case(
             lambda name, p=passes, d=decoding: floor(case, name, peaks, passes=p, decoding=d),
         )
         say(f"{prefix}{level}: {case}")
+
+
+def _has_step(name: str, contestant: Contestant, level: str) -> bool:
+    if name == f"ours, {GATHER}":  # made for few tokens at a time
+        return level == "decode"
+    # Nothing trains in Arrow; the base stands for the way back to the embeddings.
+    return level != "training" or bool(contestant.trains) or name == "base"
 
 
 def prefill(contestant: Contestant, ids: Tensor) -> Variant:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from peft_moe.errors import PeftMoeError
 from peft_moe.ops import RankMap, mix_reference
 
 from .contestants import Contestant, dtypes_of
@@ -27,6 +28,22 @@ WIDE_BOUND = 1e-4
 
 class ParityError(Exception):
     """A contestant computes something else than the reference: nothing about it may be published."""
+
+
+def admit(
+    contestants: dict[str, Contestant], experts: Experts, inputs: Tensor, missing: dict[str, str]
+) -> dict[str, Contestant]:
+    """Those that pass :func:`check`; a backend that cannot serve the call is ``missing``, with its reason."""
+    admitted = {}
+    for name, contestant in contestants.items():
+        contestant.model.eval()
+        try:
+            check(name, contestant, experts, inputs)
+        except PeftMoeError as reason:
+            missing[name] = str(reason)
+        else:
+            admitted[name] = contestant
+    return admitted
 
 
 def check(name: str, contestant: Contestant, experts: Experts, inputs: Tensor) -> None:
