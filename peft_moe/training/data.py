@@ -16,6 +16,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
+from ..errors import PeftMoeError
+
 # In TRL's own order: a record with a `prompt` is read as prompt + completion before anything else.
 KINDS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
@@ -67,12 +69,12 @@ def load_text_dataset(
         beside `messages`): a trainer would take the wrong one.
 
     Raises:
-        ValueError: for every fault of the data; the message names the place and the remedy.
+        PeftMoeError: for every fault of the data; the message names the place and the remedy.
     """
     if isinstance(source, str | os.PathLike):
         return _load_one(source, split, config)
     if not source:
-        raise ValueError("No training data: the list of sources is empty.")
+        raise PeftMoeError("No training data: the list of sources is empty.")
     if isinstance(source, Mapping):
         names = [str(one) for one in source.values()]
         parts = []
@@ -85,12 +87,12 @@ def load_text_dataset(
         parts = [_load_one(one, split, config) for one in source]
     kinds = {name: text_kind(part.column_names) for name, part in zip(names, parts, strict=True)}
     if len(set(kinds.values())) > 1:
-        raise ValueError(f"Sources of one dataset must be of one kind, got {kinds}. Convert one.")
+        raise PeftMoeError(f"Sources of one dataset must be of one kind, got {kinds}. Convert one.")
     try:
         return concatenate_datasets(parts)
     except (ValueError, TypeError) as error:  # e.g. string prompts beside message lists
         files = ", ".join(names)
-        raise ValueError(f"{files}: types differ ({error}). Convert or drop columns.") from error
+        raise PeftMoeError(f"{files}: types differ ({error}). Convert or drop columns.") from error
 
 
 def _load_one(source: Source, split: str | None, config: str | None) -> Dataset:
@@ -101,15 +103,15 @@ def _load_one(source: Source, split: str | None, config: str | None) -> Dataset:
     if path.is_dir():
         if not any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             inside = ", ".join(sorted(p.name for p in path.glob("*.json*"))) or "a .jsonl file"
-            raise ValueError(f"{name} is not a directory saved by `datasets`; name {inside}.")
+            raise PeftMoeError(f"{name} is not a directory saved by `datasets`; name {inside}.")
         data: Any = load_from_disk(name)
     else:
         if path.suffix in (".json", ".jsonl") or path.is_absolute() or name.startswith("."):
-            raise ValueError(f"{name}: no such file (working directory: {Path.cwd()}).")
+            raise PeftMoeError(f"{name}: no such file (working directory: {Path.cwd()}).")
         data = load_dataset(name, config)
     if isinstance(data, DatasetDict):
         if (wanted := split or "train") not in data:
-            raise ValueError(f"{name} has no split {wanted!r}; it has {', '.join(data)}.")
+            raise PeftMoeError(f"{name} has no split {wanted!r}; it has {', '.join(data)}.")
         data = data[wanted]
     kind = _check_columns(name, data.column_names, len(data))
     for index, row in enumerate(data.select_columns(list(KINDS[kind]))):
@@ -119,7 +121,7 @@ def _load_one(source: Source, split: str | None, config: str | None) -> Dataset:
 
 def _from_file(path: Path) -> Dataset:
     if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: files must be .jsonl or .json, not {path.suffix!r}. Convert it.")
+        raise PeftMoeError(f"{path}: files must be .jsonl or .json, not {path.suffix!r}. Convert it.")
     numbered = list(_records(path, path.read_text(encoding="utf-8-sig")))
     columns = list(dict.fromkeys(key for _, row in numbered for key in row))
     kind = _check_columns(str(path), columns, len(numbered))
@@ -128,7 +130,7 @@ def _from_file(path: Path) -> Dataset:
     try:
         data = Dataset.from_dict({key: [row.get(key) for _, row in numbered] for key in columns})
     except (ValueError, TypeError) as error:  # pyarrow's: a column of strings and numbers
-        raise ValueError(f"{path}: a column mixes types ({error}). Give it one type.") from error
+        raise PeftMoeError(f"{path}: a column mixes types ({error}). Give it one type.") from error
     return _drop_other_kinds(data, kind)
 
 
@@ -144,17 +146,17 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             parsed = json.loads(chunk)
         except json.JSONDecodeError as error:
             place = f"{path}, line {number + error.lineno - 1}"
-            raise ValueError(f"{place}: not JSON ({error}). Write one object per line.") from error
+            raise PeftMoeError(f"{place}: not JSON ({error}). Write one object per line.") from error
         for index, item in enumerate(parsed if whole else [parsed]):
             where = f"item {index}" if whole else f"line {number}"
             if not isinstance(item, dict):
-                raise ValueError(f"{path}, {where}: {item!r:.40} is not a JSON object.")
+                raise PeftMoeError(f"{path}, {where}: {item!r:.40} is not a JSON object.")
             yield where, item
 
 
 def _check_columns(name: str, columns: list[str], count: int) -> str:
     if count == 0:
-        raise ValueError(f"{name} is empty: no records to train on.")
+        raise PeftMoeError(f"{name} is empty: no records to train on.")
     if kind := text_kind(columns):
         return kind
     advice = next((fix for has, fix in FIXES.items() if set(has) <= set(columns)), None)
@@ -165,7 +167,7 @@ def _check_columns(name: str, columns: list[str], count: int) -> str:
         half = [f"add `{n}`" for n in KINDS["prompt_completion"] if n in missing]
         advice = " and ".join(renames or (half if len(half) == 1 else ["rename a column"]))
     found, needed = ", ".join(columns), "`prompt` + `completion`, or `messages`, or `text`"
-    raise ValueError(f"{name} has columns {found}; needed: {needed}. Fix: {advice}.")
+    raise PeftMoeError(f"{name} has columns {found}; needed: {needed}. Fix: {advice}.")
 
 
 def _check_record(kind: str, row: Mapping[str, Any], where: str) -> None:
@@ -175,23 +177,23 @@ def _check_record(kind: str, row: Mapping[str, Any], where: str) -> None:
             _check_messages(value, f"{where}, `{column}`")
         elif not isinstance(value, str) or kind == "messages":
             need = "a list of messages" if kind == "messages" else "a string"
-            raise ValueError(f"{where}: `{column}` must be {need}, got {type(value).__name__}.")
+            raise PeftMoeError(f"{where}: `{column}` must be {need}, got {type(value).__name__}.")
         elif column != "prompt" and not value.strip():
-            raise ValueError(f"{where}: `{column}` is empty. Fill it or drop the record.")
+            raise PeftMoeError(f"{where}: `{column}` is empty. Fill it or drop the record.")
     if kind == "prompt_completion" and type(row["prompt"]) is not type(row["completion"]):
-        raise ValueError(f"{where}: `prompt` and `completion` must both be strings or both lists.")
+        raise PeftMoeError(f"{where}: `prompt` and `completion` must both be strings or both lists.")
 
 
 def _check_messages(messages: list[Any], where: str) -> None:
     if not messages:
-        raise ValueError(f"{where} is empty. Fill it or drop the record.")
+        raise PeftMoeError(f"{where} is empty. Fill it or drop the record.")
     for message in messages:
         if isinstance(message, Mapping) and {"from", "value"} <= set(message):
-            raise ValueError(f"{where}: {SHAREGPT}.")
+            raise PeftMoeError(f"{where}: {SHAREGPT}.")
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(f"{where}: every message needs `role` and `content`, got {message!r}.")
+            raise PeftMoeError(f"{where}: every message needs `role` and `content`, got {message!r}.")
         if (role := message["role"]) in ROLES:
-            raise ValueError(f"{where}: role {role!r} is ShareGPT's; write {ROLES[role]!r}.")
+            raise PeftMoeError(f"{where}: role {role!r} is ShareGPT's; write {ROLES[role]!r}.")
 
 
 def _drop_other_kinds(data: Dataset, kind: str) -> Dataset:
