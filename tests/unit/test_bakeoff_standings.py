@@ -173,5 +173,7 @@ def test_csv_and_picture_are_written(tmp_path) -> None:
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     found = [line for line in lines if line["method"] == "half" and line["row"] == MEAN]
     assert [float(line["value"]) for line in found if line["quantity"] == "share"] == [pytest.approx(0.5)]
+    costs = {x["quantity"]: float(x["value"]) for x in lines if x["method"] == "half" and not x["row"]}
+    assert costs == {"trainable": 0, "seconds": 3, "tokens_per_second": 9}
     plot(comparison, ROWS, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"

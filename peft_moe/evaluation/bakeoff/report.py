@@ -22,6 +22,7 @@ from .statistics import Estimate
 from .texts import MARKED, RUNNING, Row
 
 HEADS = {MEAN: "mean of\ndomains", MARKED: "two domains\nmarked", RUNNING: "behind\nthe switch"}
+COSTS = ("trainable", "seconds", "tokens_per_second")
 WIDE = (MEAN, RUNNING)
 """Columns that show their interval; those of the others are in the files."""
 
@@ -158,7 +159,7 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
 
 
 def write_csv(path: Path, comparisons: dict[str, Comparison]) -> None:
-    """One line per measure, method, row and quantity."""
+    """One line per measure, method, row and quantity; costs stand without a row and without an interval."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["measure", "method", "group", "seeds", "row", "quantity", "value", "low", "high"])
@@ -168,6 +169,9 @@ def write_csv(path: Path, comparisons: dict[str, Comparison]) -> None:
                     for row, e in getattr(one, quantity).items():
                         place = [measure, one.name, one.group, one.seeds, row, quantity.removesuffix("s")]
                         writer.writerow([*place, e.value, e.low, e.high])
+                for quantity in COSTS if one.cost.tokens_per_second > 0 else ():
+                    value = getattr(one.cost, quantity)
+                    writer.writerow([measure, one.name, one.group, one.seeds, "", quantity, value, "", ""])
 
 
 def _plot(comparison: Comparison, rows: Sequence[Row], path: Path, console: Console) -> bool:
