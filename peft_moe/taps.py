@@ -17,20 +17,13 @@ class Tap:
         name: of the layer whose input is read, as in ``model.named_modules()``.
         layer: that layer.
         index: its place in the stack; None for a layer outside of it.
-        depth: number of layers of the stack.
-        below: "probe" or "base"; see ``MoLoraConfig.router_below_tap``.
+        below: "probe", "base" or "prompt"; see ``MoLoraConfig.router_below_tap``.
     """
 
     name: str
     layer: nn.Module
     index: int | None
-    depth: int
     below: str
-
-    @property
-    def share_below(self) -> float:
-        """Share of the stack that lies below the tap: what a probe costs, in forward passes."""
-        return 0.0 if self.index is None else self.index / self.depth
 
     def lies_above(self, stack_name: str, module_name: str) -> bool:
         """Whether ``module_name`` runs at or behind the tap."""
@@ -84,4 +77,4 @@ def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap
         raise PeftMoeError(
             f"router_tap={index} is outside of the base's {len(stack)} layers; use 0 to {len(stack) - 1}"
         )
-    return Tap(names[index], stack[index], index, len(stack), below), stack_name
+    return Tap(names[index], stack[index], index, below), stack_name
