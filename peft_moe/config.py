@@ -10,7 +10,7 @@ from peft.utils import PeftType
 
 from .config_checks import check_routing, check_shared
 from .errors import PeftMoeError
-from .experts.spec import ExpertSpec
+from .experts.spec import ExpertSpec, source_name
 from .field_checks import check_fields
 from .routing_fields import RoutingFields
 
@@ -78,7 +78,8 @@ class MoLoraConfig(RoutingFields, PeftConfig):
                 setattr(self, name, set(getattr(self, name)))  # PEFT's habit
         check_shared(self)
         self.fill_from_preset()
-        check_routing(self, self.router_settings(), self.scorer)
+        # Of the layer that keeps the fewest columns, where they differ.
+        check_routing(self, self.router_settings(top_k=self.smallest_top_k), self.scorer)
 
     @property
     def num_experts(self) -> int:
@@ -92,7 +93,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
             return [f"expert_{index}" for index in range(self.experts)]
         if isinstance(self.experts, dict):
             return list(self.experts)
-        return [entry["name"] if isinstance(entry, dict) else _folder_name(entry) for entry in self.experts]
+        return [entry["name"] if isinstance(entry, dict) else source_name(entry) for entry in self.experts]
 
     @property
     def experts_embedded(self) -> bool:
@@ -108,7 +109,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         if isinstance(self.experts, dict):
             return dict(self.experts)
         if isinstance(self.experts, list) and not self.experts_embedded:
-            return {_folder_name(entry): entry for entry in self.experts}
+            return {source_name(entry): entry for entry in self.experts}
         return {}
 
     def specs(self) -> list[ExpertSpec]:
@@ -140,7 +141,3 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         values = super().to_dict()
         values.pop("target_parameters", None)
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
-
-
-def _folder_name(source: str) -> str:
-    return str(source).rstrip("/").split("/")[-1].split("@")[0]

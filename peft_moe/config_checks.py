@@ -70,7 +70,7 @@ def check_routing(config: MoLoraConfig, settings: RouterSettings, scorer: type[S
 
 def _check_constant(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
     idle = {
-        "top_k": settings.top_k is not None,
+        _top_k_name(config): settings.top_k is not None,
         "topk_method": settings.topk_method != "greedy",
         # One set of learnt weights for the whole model is a choice; equal gates are equal everywhere.
         "router_scope": config.router_scope != "module" and not scorer.trainable,
@@ -146,16 +146,22 @@ def _check_fresh(config: MoLoraConfig) -> None:
         )
 
 
+def _top_k_name(config: MoLoraConfig) -> str:
+    return "top_k_per_layer" if config.top_k_per_layer else "top_k"
+
+
 def _check_sparse(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
+    name = _top_k_name(config)
     constant = settings.top_k == 1 and settings.norm_topk_prob and not settings.straight_through
     if constant and scorer.trainable and config.router_label_loss_coef == 0:
         raise PeftMoeError(
-            "top_k=1 with norm_topk_prob=True makes every gate exactly 1, so the router gets no gradient "
-            "from the language model's loss; set straight_through=True, or norm_topk_prob=False (Switch)"
+            f"{name}={getattr(config, name)} with norm_topk_prob=True makes every gate exactly 1 where one "
+            "expert is kept, so the router gets no gradient from the language model's loss; set "
+            "straight_through=True, or norm_topk_prob=False (Switch)"
         )
     if settings.init_std == 0 and not settings.straight_through:
         warnings.warn(
-            f"router_init_std=0 with top_k={settings.top_k}: all scores tie at the start, and the same "
-            "experts win every tie; leave router_init_std out for small random weights",
+            f"router_init_std=0 with {name}={getattr(config, name)}: all scores tie at the start, and the "
+            "same experts win every tie; leave router_init_std out for small random weights",
             stacklevel=5,
         )

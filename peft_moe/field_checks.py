@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import PeftMoeError, near_matches
-from .experts.spec import ExpertSpec
+from .experts.spec import ExpertSpec, source_name
 from .routers import SCORING_FUNCS
 from .routers.pooling import POOLS
 
@@ -86,7 +86,7 @@ def _check_expert_list(experts: list[Any]) -> None:
         for entry in experts:
             _check_record(entry)
     elif all(isinstance(entry, str) and entry for entry in experts):
-        names = [entry.rstrip("/").split("/")[-1].split("@")[0] for entry in experts]
+        names = [source_name(entry) for entry in experts]
     else:
         raise PeftMoeError(f"experts={experts!r}: a list must hold adapter folders or Hub ids, all as text")
     for name in names:

@@ -34,7 +34,10 @@ def check_selection(config: MoLoraConfig, settings: RouterSettings) -> None:
             "not give; use 'softmax'"
         )
     if settings.topk_method == "top_p" and settings.top_k is not None:
-        raise PeftMoeError(f"top_k={settings.top_k} has no effect with topk_method='top_p'; leave it out")
+        name = "top_k_per_layer" if config.top_k_per_layer else "top_k"
+        raise PeftMoeError(
+            f"{name}={getattr(config, name)} has no effect with topk_method='top_p'; leave it out"
+        )
     if settings.topk_method == "expert_choice" and settings.top_k is None:
         raise PeftMoeError(
             "topk_method='expert_choice' needs top_k: how many experts a token gets on average"

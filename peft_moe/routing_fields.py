@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "router_l1_coef": 0.0,
     "router_l1_target": None,
 }
+# Of these only gates that leave experts out make use.
+_OF_SPARSE_GATES = ("straight_through", "router_bias_update_rate", "router_aux_loss_coef")
 
 
 @dataclass
@@ -167,6 +169,7 @@ class RoutingFields:
             raise PeftMoeError(f"router={self.router!r} is not known.{near_matches(self.router, known)}")
         preset = PRESETS[self.router].fields if self.router in PRESETS else {}
         own_top_k = self.top_k
+        open_fields = [name for name in _OF_SPARSE_GATES if getattr(self, name) is None]
         for name, default in {**DEFAULTS, "router_init_std": None}.items():
             if getattr(self, name) is None:
                 setattr(self, name, preset.get(name, default))
@@ -175,14 +178,26 @@ class RoutingFields:
             self.top_k = min(self.top_k, max(1, len(self.routed_names) + bool(self.null_expert)))
         if self.experts_per_layer is not None and "experts_per_layer" in preset:
             self.experts_per_layer = [min(count, self.num_experts) for count in self.experts_per_layer]
+        if not self._is_sparse():
+            # Nor does it insist on what would have no effect on so few experts.
+            for name in open_fields:
+                setattr(self, name, DEFAULTS[name])
         if self.router_init_std is None:
             self.router_init_std = 0.02 if self._ties_starve() else 0.0
 
-    def _ties_starve(self) -> bool:
+    def _is_sparse(self) -> bool:
         columns = len(self.routed_names) + bool(self.null_expert)
-        sparse = (self.top_k is not None and self.top_k < columns) or self.topk_method != "greedy"
+        top_k = self.smallest_top_k
+        return (top_k is not None and top_k < columns) or self.topk_method != "greedy"
+
+    def _ties_starve(self) -> bool:
         dead = self.scoring_func == "relu"  # at zero its gates and their gradients are zero
-        return (sparse or dead) and not self.straight_through and self.scorer.reads_input
+        return (self._is_sparse() or dead) and not self.straight_through and self.scorer.reads_input
+
+    @property
+    def smallest_top_k(self) -> int | None:
+        """``top_k`` of the layer that keeps the fewest columns."""
+        return min(self.top_k_per_layer) if self.top_k_per_layer else self.top_k
 
     def router_settings(self, *, present: int | None = None, top_k: int | None = None) -> RouterSettings:
         """The routing fields, resolved.

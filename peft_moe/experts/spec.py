@@ -9,11 +9,20 @@ matching of ``target_modules``, ``rank_pattern`` and ``alpha_pattern`` run on a 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+
+_AT_A_REVISION = re.compile(r"(?P<id>[^/@]+/[^/@]+)@.+")
+
+
+def source_name(source: str) -> str:
+    """What an expert is called that was given without a name: the last part of its folder or Hub id."""
+    hub = _AT_A_REVISION.fullmatch(source)  # revisions may hold slashes (refs/pr/1)
+    return (hub["id"] if hub else source).rstrip("/").split("/")[-1].split("@")[0]
 
 
 @dataclass

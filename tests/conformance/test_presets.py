@@ -170,7 +170,9 @@ def test_lorahub_has_one_set_of_weights_and_cat_one_per_module(zoo: Zoo) -> None
 
 def test_experts_and_top_k_per_layer(zoo: Zoo) -> None:
     """Three layers in groups of one: ranks, router columns and gates follow the counts."""
-    config = MoLoraConfig(experts=4, experts_per_layer=[1, 2, 4], top_k_per_layer=[1, 1, 3], **LORA)
+    config = MoLoraConfig(
+        experts=4, experts_per_layer=[1, 2, 4], top_k_per_layer=[1, 1, 3], norm_topk_prob=False, **LORA
+    )
     model = get_peft_model(zoo.base("llama"), config).eval()
     with record_routing() as record:
         logits_of(model, batch_for("llama", texts()))
@@ -185,8 +187,8 @@ def test_experts_and_top_k_per_layer(zoo: Zoo) -> None:
 
 
 def test_more_groups_than_layers_are_refused(zoo: Zoo) -> None:
-    config = MoLoraConfig(experts=4, top_k_per_layer=[1, 2, 2, 1], **LORA)
-    with pytest.raises(PeftMoeError, match=r"top_k_per_layer=\[1, 2, 2, 1\] has 4 groups for the 3 layers"):
+    config = MoLoraConfig(experts=4, top_k_per_layer=[2, 3, 3, 2], **LORA)
+    with pytest.raises(PeftMoeError, match=r"top_k_per_layer=\[2, 3, 3, 2\] has 4 groups for the 3 layers"):
         get_peft_model(zoo.base("llama"), config)
 
 

@@ -25,6 +25,10 @@ WARNED = {
         {"router": "random", "router_init_std": 0.0},
         "router_init_std=0 with top_k=2",
     ),
+    "ties of a layer": (
+        {"top_k_per_layer": [4, 2], "router_init_std": 0.0},
+        r"router_init_std=0 with top_k_per_layer=\[4, 2\]",
+    ),
     "one expert": ({"experts": 1}, "one expert and no null expert"),
     "frozen zeros": ({"train_experts": False}, "the mixture stays the base"),
 }
@@ -56,6 +60,9 @@ ACCEPTED = {
     "top-1 by label": {"top_k": 1, "router_label_loss_coef": 1.0},
     "straight-through": {"top_k": 1, "straight_through": True},
     "k = E": {"top_k": 4},
+    "balanced layers": {"top_k_per_layer": [2, 4], "router_aux_loss_coef": 0.01},
+    "biased layers": {"top_k_per_layer": [2, 4], "router_bias_update_rate": 0.001},
+    "hard layers": {"top_k_per_layer": [1, 2], "straight_through": True},
     "sigmoid": {"scoring_func": "sigmoid", "norm_topk_prob": False},
     "tapped": {"router_scope": "model", "router_tap": "model.layers.2", "router_below_tap": "base"},
     "names": {"experts": {"math": "a/b", "code": "c/d@main"}},
@@ -84,6 +91,7 @@ def test_names_of_experts():
     assert MoLoraConfig(**ACCEPTED["list"]).expert_names == ["math", "code", "law"]
     assert MoLoraConfig(**ACCEPTED["names"]).expert_names == ["math", "code"]
     assert MoLoraConfig(**ACCEPTED["records"]).expert_names == ["a", "b"]
+    assert MoLoraConfig(experts=["org/math@refs/pr/1", "/data/law@2/"]).expert_names == ["math", "law"]
     assert MoLoraConfig(experts=2).expert_names == ["expert_0", "expert_1"]
 
 
@@ -111,6 +119,20 @@ def test_preset_fills_what_is_open_and_nothing_else(name):
     assert MoLoraConfig(router=name, router_temperature=0.5).router_temperature == 0.5
 
 
+@pytest.mark.parametrize("experts", [1, 2, 3])
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_serve_any_number_of_experts(name, experts):
+    """What a preset brings along for sparse gates is no error where so few experts are all chosen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = MoLoraConfig(router=name, experts=experts)
+    settings = config.router_settings()
+    for field in ("straight_through", "router_bias_update_rate", "router_aux_loss_coef"):
+        assert not getattr(config, field) or settings.is_sparse
+    with pytest.raises(PeftMoeError, match=r"router_bias_update_rate=0\.1 has no effect"):
+        MoLoraConfig(router="deepseek_v3", experts=2, router_bias_update_rate=0.1)
+
+
 def test_auto_is_the_recommended_preset_by_its_own_name():
     auto, named = MoLoraConfig(router="auto"), MoLoraConfig(router=RECOMMENDED)
     assert auto.to_dict() == named.to_dict()
@@ -128,6 +150,8 @@ def test_scores_are_drawn_only_where_ties_would_starve():
     assert MoLoraConfig().router_init_std == 0
     assert MoLoraConfig(top_k=2).router_init_std == 0.02
     assert MoLoraConfig(top_k=4).router_init_std == 0
+    assert MoLoraConfig(top_k_per_layer=[4, 2]).router_init_std == 0.02
+    assert MoLoraConfig(top_k_per_layer=[4, 4]).router_init_std == 0
     assert MoLoraConfig(top_k=1, straight_through=True).router_init_std == 0
     assert MoLoraConfig(router="uniform").router_init_std == 0
 

@@ -270,6 +270,22 @@ REFUSED = {
         {"top_k": 1},
         ["top_k=1", "no gradient", "straight_through=True", "norm_topk_prob=False"],
     ),
+    "constant top-1 of a layer": (
+        {"top_k_per_layer": [1, 2]},
+        ["top_k_per_layer=[1, 2]", "no gradient", "straight_through=True"],
+    ),
+    "balancing layers of k = E": (
+        {"top_k_per_layer": [4, 4], "router_aux_loss_coef": 0.1},
+        ["router_aux_loss_coef=0.1", "no effect"],
+    ),
+    "uniform with top_k per layer": (
+        {"router": "uniform", "top_k_per_layer": [2, 2]},
+        ["top_k_per_layer=[2, 2]", "no effect"],
+    ),
+    "top_p and top_k per layer": (
+        {"topk_method": "top_p", "top_p": 0.5, "top_k_per_layer": [2, 2]},
+        ["top_k_per_layer=[2, 2]", "no effect"],
+    ),
     "balancing dense gates": (
         {"router_aux_loss_coef": 0.1},
         ["router_aux_loss_coef=0.1", "no effect", "top_k"],
