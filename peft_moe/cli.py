@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .commands.extract import extract
+from .commands.inspect import inspect
+from .commands.mix import mix
 from .commands.plan import plan
 from .console import wide_console
 from .errors import PeftMoeError
@@ -77,6 +79,8 @@ def routers(
 
 app.command()(bakeoff)
 app.command()(extract)
+app.command()(inspect)
+app.command()(mix)
 app.command()(plan)
 
 

@@ -39,7 +39,7 @@ def write_adapter(folder: Path, plan: ExtractionPlan, factors: dict[str, Tensor]
         fan_in_fan_out=flipped == {True},
         base_model_name_or_path=plan.base.location,
         revision=_revision(plan),
-        task_type=_task(plan.class_name),
+        task_type=task_of(plan.class_name),
         inference_mode=True,
     )
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
@@ -60,7 +60,8 @@ def _target_names(taken: set[str], plan: ExtractionPlan) -> list[str]:
     return sorted(short if same == taken else taken)
 
 
-def _task(class_name: str) -> str | None:
+def task_of(class_name: str) -> str | None:
+    """PEFT's word for what a model of this class does, where an adapter needs no head of its own."""
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     return None

@@ -44,7 +44,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "experts",
     ),
     4: ("model", "fitting"),
-    5: ("registration", "training", "evaluation", "catalogue", "planning"),
+    5: ("registration", "training", "evaluation", "catalogue", "mixfile", "planning"),
     6: ("cli", "commands", "console", "demo", "__init__", "__main__"),
 }
 MAX_FILE, MAX_FUNCTION = 300, 60
