@@ -11,6 +11,7 @@ from .mixing import mix
 from .ranks import RankMap
 from .reference import Reference, mix_reference
 from .stacked import Stacked
+from .triton_forms import TritonGather, TritonSorted, TritonStacked
 
 __all__ = [
     "FORMS",
@@ -28,5 +29,5 @@ __all__ = [
     "register_form",
 ]
 
-for _form in (Folded(), Stacked(), Gather(), Reference()):
+for _form in (Folded(), Stacked(), Gather(), TritonStacked(), TritonSorted(), TritonGather(), Reference()):
     register_form(_form)

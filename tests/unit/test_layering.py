@@ -51,6 +51,9 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 # Packages that only some files may import. Demo and bake-off take trl's SFTConfig, which trainers need; a
 # plan traces its loss.
 ONLY_IN = {"trl": ("training", "demo.methods", "evaluation.bakeoff.training", "planning.step")}
+ONLY_IN["triton"] = tuple(
+    f"ops.triton_{name}" for name in ("common", "schedule", "sparse", "stacked", "gather")
+)
 NOT_ON_IMPORT = ("trl", "sklearn", "datasets", "matplotlib")
 
 

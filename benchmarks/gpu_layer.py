@@ -1,0 +1,399 @@
+"""One linear layer on one GPU: every form of the mixture against the bare layer, LoRAs and the roofline.
+
+    python benchmarks/gpu_layer.py --quick      # about 25 s of a GPU
+    python benchmarks/gpu_layer.py              # about 80 s; both write <out>/gpu_layer.json
+
+Parity comes first: a form that is not right is not timed. Times are medians of CUDA events with a cold L2
+(triton.testing.do_bench); "graph" rows replay a CUDA graph. The router is left out: its decision is given.
+Floor: the added bytes (x read, base read, y written, the chosen slabs) at the copy bandwidth measured here,
+or the added FLOPs at the measured rate of a large product, whichever is longer. Each section stands alone:
+one that fails prints its traceback and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+try:
+    import peft_moe
+except Exception as error:  # the arithmetic needs torch and Triton only
+    print(f"peft_moe without its package ({type(error).__name__}: {error})")
+    peft_moe = types.ModuleType("peft_moe")
+    peft_moe.__path__ = [str(ROOT / "peft_moe")]
+    sys.modules["peft_moe"] = peft_moe
+
+from support.mixtures import distance, draw_mixture  # noqa: E402
+
+from peft_moe.ops import FORMS, RankMap, choose, facts_of  # noqa: E402
+from peft_moe.ops.forms import Operands  # noqa: E402
+
+K = 2
+BF16 = torch.bfloat16
+RESULTS: dict[str, Any] = {"cases": [], "pieces": [], "tiles": [], "errors": []}
+STARTED = time.time()
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def median(run: Callable[[], object], rep: int = 20) -> float:
+    """Microseconds, a median with a cold L2."""
+    from triton.testing import do_bench
+
+    return 1e3 * float(do_bench(run, warmup=5, rep=rep, return_mode="median"))
+
+
+def guarded(section: Callable[[], None]) -> None:
+    start = time.time()
+    try:
+        section()
+    except Exception:
+        RESULTS["errors"].append(traceback.format_exc())
+        say(traceback.format_exc()[-1500:])
+    torch.cuda.empty_cache()
+    say(f"[{section.__name__}: {time.time() - start:.1f} s]")
+
+
+class Case:
+    """Random operands of one shape, and the variants that are timed on them."""
+
+    def __init__(self, tokens: int, shape: tuple[int, int], experts: int, rank: int) -> None:
+        self.tokens, (self.I, self.O), self.E, self.r = tokens, shape, experts, rank
+        generator = torch.Generator(device="cuda").manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device="cuda", dtype=BF16)
+
+        self.x, self.W = normal(tokens, self.I), normal(self.O, self.I) * self.I**-0.5
+        self.A, self.B = normal(experts * rank, self.I) * self.I**-0.5, normal(experts * rank, self.O)
+        scores = torch.randn(tokens, experts, generator=generator, device="cuda")
+        weights, self.ids = scores.topk(K)
+        self.weights = weights.softmax(-1)
+        self.gates = torch.zeros_like(scores).scatter(1, self.ids, self.weights)
+        self.ranks = RankMap((rank,) * experts, (1.0,) * experts)
+
+    def operands(self, x: Tensor, weights: Tensor) -> Operands:
+        base = functional.linear(x, self.W)
+        return Operands(x, self.A, self.B, self.gates, self.ranks, base, self.ids, weights)
+
+    def lora(self, rank: int) -> torch.nn.Module:
+        """PEFT's own LoRA; what it does in eager mode, where PEFT is not there."""
+        linear = torch.nn.Linear(self.I, self.O, bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(self.W, requires_grad=False)
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(torch.nn.Sequential(linear), config, autocast_adapter_dtype=False)
+        return model.to(device="cuda", dtype=BF16)
+
+    def floor(self, peak: float, bandwidth: float) -> float:
+        """Microseconds that the chosen experts must add to the layer."""
+        slabs = min(self.E, self.tokens * K) * self.r * (self.I + self.O)
+        moved = 2 * (self.tokens * (self.I + 2 * self.O) + slabs)
+        return 1e6 * max(moved / bandwidth, 2 * self.tokens * K * self.r * (self.I + self.O) / peak)
+
+
+def as_graph(run: Callable[[], object]) -> Callable[[], object]:
+    """The same work as one CUDA graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(), run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def forward_variants(case: Case) -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {"base": lambda: functional.linear(case.x, case.W)}
+    for name, rank in (("lora r", case.r), ("lora kr", K * case.r), ("lora Er", case.E * case.r)):
+        model = case.lora(rank)
+        found[name] = lambda m=model: m(case.x)
+    choice = choose(facts_of(case.operands(case.x, case.weights)))
+    for name in choice.costs:
+        found[name] = lambda f=FORMS[name]: f.mix(case.operands(case.x, case.weights))
+    if case.E > 8:
+        found.pop("reference", None)
+    RESULTS["auto"] = choice.form.name
+    return found
+
+
+def training_variants(case: Case) -> dict[str, Callable[[], object]]:
+    x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    direction = torch.randn(case.tokens, case.O, device="cuda", dtype=BF16)
+
+    def backward(out: Tensor) -> None:
+        out.backward(direction)
+        x.grad = weights.grad = None
+
+    found: dict[str, Callable[[], object]] = {"base": lambda: backward(functional.linear(x, case.W))}
+    for name, rank in (("lora r", case.r), ("lora kr", K * case.r), ("lora Er", case.E * case.r)):
+        model = case.lora(rank)
+        found[name] = lambda m=model: (backward(m(x)), m.zero_grad())
+    with torch.enable_grad():
+        choice = choose(facts_of(case.operands(x, weights)))
+    for name in choice.costs:
+        found[name] = lambda f=FORMS[name]: backward(f.mix(case.operands(x, weights)))
+    if case.E > 8:
+        found.pop("reference", None)
+    RESULTS["auto"] = choice.form.name
+    return found
+
+
+def time_case(case: Case, mode: str, peak: float, bandwidth: float) -> None:
+    with torch.set_grad_enabled(mode == "train"):
+        variants = (training_variants if mode == "train" else forward_variants)(case)
+        times: dict[str, float] = {}
+        for name, run in variants.items():
+            try:
+                times[name] = median(as_graph(run) if mode == "graph" else run)
+            except Exception as error:
+                RESULTS["errors"].append(f"{mode} {name}: {traceback.format_exc()}")
+                say(f"   {mode} {name} failed: {type(error).__name__}: {str(error)[:150]}")
+    floor = case.floor(peak, bandwidth) * (2.2 if mode == "train" else 1)
+    row = {"mode": mode, "T": case.tokens, "I": case.I, "O": case.O, "E": case.E, "r": case.r}
+    RESULTS["cases"].append({**row, "floor": floor, "auto": RESULTS["auto"], "us": times})
+    base = times["base"]
+    cells = " ".join(f"{name}:{us / base:.2f}" for name, us in times.items() if name != "base")
+    own = {n: us for n, us in times.items() if n in FORMS}
+    best = min(own, key=lambda n: own[n])
+    reached = floor / max(own[best] - base, 1e-3)
+    head = f"{mode:5} T{case.tokens:<4} {case.I}x{case.O} {case.E}x{case.r}"
+    say(f"{head} base {base:.0f}us | {cells} | best {best} auto {RESULTS['auto']} floor {reached:.0%}")
+
+
+def environment() -> None:
+    import triton
+
+    device = torch.cuda.get_device_properties(0)
+    name = f"{device.name}, torch {torch.__version__}, triton {triton.__version__}"
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copied = median(lambda: target.copy_(source), 50)
+    one, other = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+    multiplied = median(lambda: one @ other, 50)
+    RESULTS["device"] = name
+    RESULTS["bandwidth"] = 2 * 2**30 / copied * 1e6
+    RESULTS["peak"] = 2 * 8192**3 / multiplied * 1e6
+    say(f"{name} | copy {RESULTS['bandwidth'] / 1e12:.2f} TB/s, bf16 {RESULTS['peak'] / 1e12:.0f} TFLOP/s")
+
+
+def parity() -> None:
+    """Every form, forward and router gradients, against float64."""
+    bad = []
+    for dtype, bound in ((BF16, 8e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)):
+        for tokens, experts, rank in ((300, 8, 16), (7, 128, 8), (1, 8, 64)):
+            m = draw_mixture(tokens, 512, 384, (rank,) * experts, K, dtype=dtype, device="cuda")
+            for train in (False, True):
+                x, weights = (t.clone().requires_grad_(train) for t in (m.x, m.weights))
+                given = Operands(x, m.a, m.b, m.spread(weights), m.ranks, m.base, m.ids, weights)
+                for name in choose(facts_of(given)).costs:
+                    bad += check_form(name, given, m, bound, train)
+    say("parity:", "all forms agree with float64" if not bad else "; ".join(bad))
+    for name in {line.split()[0] for line in bad if not line.startswith("reference")}:
+        RESULTS["errors"].append(f"not timed, wrong: {name}")
+        del FORMS[name]
+
+
+def check_form(name: str, given: Operands, m: Any, bound: float, train: bool) -> list[str]:
+    what = f"{name} {str(m.x.dtype)[6:]} T{len(m.x)} E{len(m.ranks.ranks)} {'train' if train else 'forward'}"
+    try:
+        out = FORMS[name].mix(given)
+        errors = [distance(out, m.wanted())]
+        if train:
+            direction = torch.randn_like(out)
+            found = torch.autograd.grad(out, (given.x, given.weights), direction, allow_unused=True)
+            if found[1] is None:  # a form that reads the dense gates
+                return []
+            wanted_dx, wanted_dw = m.wanted_gradients(direction)
+            absent = m.ids.cpu() == len(m.ranks.ranks)
+            errors += [
+                distance(found[0], wanted_dx),
+                distance(found[1].masked_fill(absent.cuda(), 0), wanted_dw.masked_fill(absent, 0)),
+            ]
+        return [] if max(errors) <= bound else [f"{what} off by {max(errors):.1e}"]
+    except Exception as error:
+        RESULTS["errors"].append(what + "\n" + traceback.format_exc())
+        return [f"{what} raised {type(error).__name__}: {str(error)[:200]}"]
+
+
+def pieces(shapes: list[tuple[int, tuple[int, int], int, int]]) -> None:
+    """Each kernel by itself, beside what cuBLAS takes for the same."""
+    for shape in shapes:
+        pieces_of(shape)
+
+
+def pieces_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
+    from peft_moe.ops import triton_sparse, triton_stacked
+    from peft_moe.ops.triton_common import rank_tables
+    from peft_moe.ops.triton_schedule import make_schedule
+
+    c = Case(*shape)
+    base = functional.linear(c.x, c.W)
+    tables = rank_tables(c.ranks.ranks, c.ranks.scaling, c.x.device)
+    rows = triton_sparse.rows_per_block(c.tokens, c.E)
+    schedule = make_schedule(c.ids, c.E, rows)
+    hg, h = triton_sparse.shrink(c.x, c.A, c.weights, schedule, tables, keep=True)
+    flat, dense_h = triton_stacked.stacked_shrink(c.x, c.A, c.weights, tables, expert_ids_NK=c.ids, keep=True)
+    runs: dict[str, Callable[[], object]] = {
+        "schedule": lambda: make_schedule(c.ids, c.E, rows),
+        "shrink": lambda: triton_sparse.shrink(c.x, c.A, c.weights, schedule, tables),
+        "shrink+h": lambda: triton_sparse.shrink(c.x, c.A, c.weights, schedule, tables, keep=True),
+        "shrink bwd": lambda: triton_sparse.shrink(base, c.B, c.weights, schedule, tables, h_NKQ=h),
+        "expand": lambda: triton_sparse.expand(hg, c.B, schedule, tables, base),
+        "expand dx": lambda: triton_sparse.expand(hg, c.A, schedule, tables, None),
+        "gated A": lambda: triton_stacked.stacked_shrink(c.x, c.A, c.weights, tables, expert_ids_NK=c.ids),
+        "gated A dense": lambda: triton_stacked.stacked_shrink(c.x, c.A, c.gates, tables),
+        "gated bwd": lambda: triton_stacked.stacked_shrink(
+            base, c.B, c.weights, tables, expert_ids_NK=c.ids, h=dense_h
+        ),
+        "cublas A": lambda: functional.linear(c.x, c.A),
+        "cublas dy Bt": lambda: base @ c.B.T,
+        "add B": lambda: triton_stacked.stacked_expand(flat, c.B, base),
+        "addmm B": lambda: torch.addmm(base, flat, c.B),
+        "addmm_ B": lambda: base.addmm_(flat, c.B, beta=0.5, alpha=0.5),
+        "cublas dx": lambda: flat @ c.A,
+        "y pass": lambda: base + base,
+    }
+    times = {}
+    with torch.no_grad():
+        for name, run in runs.items():
+            try:
+                times[name] = median(run)
+            except Exception as error:
+                say(f"   {name}: {type(error).__name__}: {str(error)[:150]}")
+    RESULTS["pieces"].append({"shape": shape, "rows": rows, "us": times})
+    say(f"pieces T{c.tokens} {c.I}x{c.O} {c.E}x{c.r}:", " ".join(f"{n}={t:.0f}" for n, t in times.items()))
+
+
+def tiles(shapes: list[tuple[int, tuple[int, int], int, int]]) -> None:
+    """Other tile sizes than the usual ones, kernel by kernel; the three best of each."""
+    for shape in shapes:
+        tiles_of(shape)
+
+
+def tiles_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
+    from peft_moe.ops import triton_sparse, triton_stacked
+    from peft_moe.ops.triton_common import Tiles, rank_tables
+    from peft_moe.ops.triton_schedule import make_schedule
+
+    c = Case(*shape)
+    base = functional.linear(c.x, c.W)
+    tables = rank_tables(c.ranks.ranks, c.ranks.scaling, c.x.device)
+    wide = min(128, c.E * c.r)
+    found: dict[str, dict[str, float]] = {}
+
+    def attempt(kernel: str, label: str, run: Callable[[], object], found: Any = found) -> None:
+        try:
+            found.setdefault(kernel, {})[label] = median(run, 10)
+        except Exception as error:
+            found.setdefault(kernel, {})[f"{label} {type(error).__name__}"] = 1e9
+
+    for rows in (16, 32, 64):
+        schedule = make_schedule(c.ids, c.E, rows)
+        hg, _ = triton_sparse.shrink(c.x, c.A, c.weights, schedule, tables)
+        for depth, warps, stages in ((64, 4, 4), (128, 4, 3), (128, 8, 4), (256, 4, 3), (256, 8, 3)):
+            t = Tiles(rows, tables.tile, depth, warps, stages)
+            label = f"{rows}/{depth}/{warps}w{stages}s"
+            attempt(
+                "shrink",
+                label,
+                lambda s=schedule, t=t: triton_sparse.shrink(c.x, c.A, c.weights, s, tables, tiles=t),
+            )
+        for columns, warps in ((64, 4), (128, 4), (256, 4), (256, 8), (512, 8)):
+            t = Tiles(rows, columns, tables.tile, warps, 2)
+            attempt(
+                "expand",
+                f"{rows}/{columns}/{warps}w",
+                lambda h=hg, s=schedule, t=t: triton_sparse.expand(h, c.B, s, tables, base, tiles=t),
+            )
+    for rows, depth, warps, stages in (
+        (16, 128, 4, 4), (32, 64, 4, 5), (32, 128, 4, 3), (32, 128, 8, 3),
+        (64, 64, 4, 4), (64, 128, 8, 3), (128, 64, 8, 4)
+    ):  # fmt: skip
+        t = Tiles(rows, wide, depth, warps, stages)
+        attempt(
+            "gated A",
+            f"{rows}/{wide}/{depth}/{warps}w{stages}s",
+            lambda t=t: triton_stacked.stacked_shrink(
+                c.x, c.A, c.weights, tables, expert_ids_NK=c.ids, tiles=t
+            ),
+        )
+    flat = functional.linear(c.x, c.A)
+    for rows, columns, depth, warps, stages in (
+        (64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (64, 256, 64, 8, 3),
+        (128, 256, 64, 8, 3)
+    ):  # fmt: skip
+        t = Tiles(rows, columns, depth, warps, stages)
+        attempt(
+            "add B",
+            f"{rows}/{columns}/{depth}/{warps}w{stages}s",
+            lambda t=t: triton_stacked.stacked_expand(flat, c.B, base, tiles=t),
+        )
+    RESULTS["tiles"].append({"shape": shape, "us": found})
+    for kernel, times in found.items():
+        best = sorted(times.items(), key=lambda item: item[1])
+        told = ", ".join(f"{label}={us:.0f}" for label, us in [*best[:3], best[-1]])
+        say(f"tiles T{c.tokens} {c.I}x{c.O} {c.E}x{c.r} {kernel}: {told} (worst last)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "benchmarks/results")))
+    options = parser.parse_args()
+    square, wide = (4096, 4096), (4096, 14336)
+    big = [(4096, square, 8, 16), (4096, square, 128, 16)]
+    grid: list[tuple[str, int, tuple[int, int], int, int]] = [
+        ("fwd", 4096, square, 8, 16),
+        ("train", 4096, square, 8, 16),
+        ("fwd", 4096, square, 128, 16),
+        ("train", 4096, square, 128, 16),
+        ("fwd", 512, square, 32, 16),
+        ("graph", 1, square, 8, 16),
+        ("graph", 8, square, 128, 16),
+    ]
+    if not options.quick:
+        big += [(4096, square, 32, 64), (512, square, 32, 16)]
+        grid += [("fwd", 1, square, 8, 16), ("train", 512, square, 32, 16)]
+        grid += [("fwd", 4096, square, e, r) for e, r in ((8, 8), (32, 16), (8, 64), (32, 64), (128, 64))]
+        grid += [("train", 4096, square, e, r) for e, r in ((32, 16), (32, 64))]
+        grid += [(m, 4096, wide, e, 16) for e in (8, 32, 128) for m in ("fwd", "train")]
+        grid += [("fwd", 512, shape, e, 16) for shape in (square, wide) for e in (8, 128)]
+        grid += [("graph", t, shape, e, 16) for t in (1, 8) for shape in (square, wide) for e in (8, 128)]
+    guarded(environment)
+    guarded(parity)
+    guarded(lambda: pieces(big if not options.quick else big[:2]))
+    for mode, tokens, shape, experts, rank in grid:
+        try:
+            time_case(Case(tokens, shape, experts, rank), mode, RESULTS["peak"], RESULTS["bandwidth"])
+        except Exception:
+            RESULTS["errors"].append(traceback.format_exc())
+            say(traceback.format_exc()[-800:])
+        torch.cuda.empty_cache()
+    guarded(lambda: tiles(big[1:2] if options.quick else big))
+    options.out.mkdir(parents=True, exist_ok=True)
+    RESULTS["seconds"] = time.time() - STARTED
+    (options.out / "gpu_layer.json").write_text(json.dumps(RESULTS, indent=1))
+    say(f"{len(RESULTS['errors'])} errors; {RESULTS['seconds']:.0f} s; {options.out / 'gpu_layer.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Triton's forms where there is no GPU: the kernels in the interpreter, and the reasons why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from support.mixtures import draw_mixture
+
+from peft_moe.errors import PeftMoeError
+from peft_moe.ops import FORMS, choose, facts_of, mix
+from peft_moe.ops.forms import Operands
+from peft_moe.ops.triton_forms import _missing
+
+TRITON = ["triton_stacked", "triton_sorted", "triton_gather"]
+CASES = Path(__file__).with_name("triton_cases.py")
+
+
+def operands(m, gates=None):
+    sparse = (m.ids, m.weights) if gates is None else (None, None)
+    return Operands(m.x, m.a, m.b, m.dense if gates is None else gates, m.ranks, m.base, *sparse)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton has wheels for linux x86_64"
+)
+def test_every_kernel_in_the_interpreter():
+    assert find_spec("triton") is not None, "the dev extra brings Triton here"
+    # Another process: whether kernels are interpreted is settled when they are imported.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", TRITON)
+class TestWithoutGpu:
+    def test_the_reason_is_given_and_auto_takes_another(self, name):
+        facts = facts_of(operands(draw_mixture(4, 16, 16, (4, 4), 1)))
+        choice = choose(facts)
+        assert choice.form.name not in TRITON
+        assert "these tensors are on cpu" in choice.refused[name]
+
+    def test_asking_for_it_raises(self, name):
+        m = draw_mixture(4, 16, 16, (4, 4), 1)
+        with pytest.raises(PeftMoeError, match=f"{name}.*on cpu.*backend='auto'"):
+            mix(*operands(m)[:6], expert_ids_NK=m.ids, weights_NK=m.weights, backend=name)
+
+
+def on_cuda(m, *, gates=None, trains=(), **changes):
+    """What the chooser would be told of such a call on a GPU."""
+    facts = facts_of(operands(m, gates))
+    return type(facts)(**{**vars(facts), "device": "cuda", "trains": frozenset(trains), **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "reason"),
+    [
+        ("triton_sorted", {"gates": True}, "top_k"),
+        ("triton_gather", {"gates": True}, "top_k"),
+        ("triton_gather", {"trains": {"gates"}}, "no gradients"),
+        ("triton_gather", {"tokens": 65}, "up to 64 tokens, this call has 65"),
+        ("triton_sorted", {"trains": {"experts"}}, "no gradient for experts"),
+        ("triton_stacked", {"trains": {"gates"}, "ranks": (4, 2)}, "equal ranks"),
+        ("triton_stacked", {"trains": {"gates"}, "ranks": (6, 6)}, "powers of two"),
+        ("triton_sorted", {"ranks": (129, 4)}, "rank 129"),
+        ("triton_sorted", {"dtype": torch.float64}, "float64"),
+        ("triton_stacked", {"compiling": True}, "torch.compile"),
+        ("triton_stacked", {"chosen": 17}, "up to 16"),
+        ("triton_sorted", {"chosen": 17}, "up to 16"),
+    ],
+)
+def test_what_a_gpu_could_not_serve(name, facts, reason):
+    facts = dict(facts)
+    m = draw_mixture(4, 16, 16, facts.pop("ranks", (4, 4)), 1)
+    gates = m.dense if facts.pop("gates", False) else None
+    found = FORMS[name].supports(on_cuda(m, gates=gates, **facts))
+    assert found is not None
+    assert reason in found
+
+
+@pytest.fixture
+def _forgets():
+    _missing.cache_clear()
+    yield
+    _missing.cache_clear()
+
+
+@pytest.mark.usefixtures("_forgets")
+def test_without_triton_the_reason_is_given(monkeypatch):
+    monkeypatch.setattr("peft_moe.ops.triton_forms.find_spec", lambda name: None)
+    facts = on_cuda(draw_mixture(4, 16, 16, (4, 4), 1))
+    for name in TRITON:
+        assert "pip install triton" in FORMS[name].supports(facts)
+
+
+def test_importing_the_package_imports_no_kernel():
+    script = "import sys, peft_moe; print([m for m in sys.modules if m.startswith('peft_moe.ops.triton')])"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "['peft_moe.ops.triton_forms']"

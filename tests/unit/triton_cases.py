@@ -1,0 +1,205 @@
+"""Every Triton kernel in Triton's interpreter. Not collected by itself: test_triton.py runs it in a process
+of its own, since the interpreter must be chosen before the kernels are imported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.mixtures import distance, draw_mixture, poisoned
+
+from peft_moe.ops.triton_common import Tiles, rank_tables
+from peft_moe.ops.triton_mix import mix_fused, mix_gathered, mix_sorted
+from peft_moe.ops.triton_schedule import make_schedule
+from peft_moe.ops.triton_stacked import stacked_expand, stacked_shrink
+
+# (tokens, in, out, ranks, chosen): odd sizes, unequal ranks, experts without ranks, one token, all chosen.
+SHAPES = [
+    pytest.param(37, 40, 50, (4,) * 5, 2, id="equal"),
+    pytest.param(37, 33, 65, (2, 0, 7, 4), 3, id="unequal"),
+    pytest.param(1, 24, 40, (3, 0, 5), 1, id="one-token"),
+    pytest.param(3, 16, 16, (8, 8), 2, id="all-chosen"),
+    pytest.param(20, 17, 3, (1, 20, 1), 1, id="one-chosen"),
+    pytest.param(5, 1, 1, (1, 2), 2, id="one-feature"),
+    pytest.param(48, 64, 48, (16,) * 5, 3, id="tiles-full"),
+    pytest.param(4, 16, 20, (6,), 1, id="one-expert"),
+]
+# Sums of up to 65 float32 products in another order than float64's: 65 · 2^-24 of the largest entry.
+FLOAT32 = 5e-6
+# h, every slot's partial sum and the output are narrowed: four times at most here. The interpreter cuts bf16
+# off instead of rounding it, so that one costs up to 2^-8; fp16 rounds, by up to 2^-11.
+NARROW = [
+    pytest.param(torch.bfloat16, 4 * 2**-8, id="bf16"),
+    pytest.param(torch.float16, 4 * 2**-11, id="fp16"),
+]
+
+
+def call(form, m, weights=None):
+    weights = m.weights if weights is None else weights
+    if form == "gather":
+        return mix_gathered(m.x, m.a, m.b, m.ranks, m.base, m.ids, weights)
+    if form == "sorted":
+        return mix_sorted(m.x, m.a, m.b, m.ranks, m.base, m.ids, weights)
+    return mix_fused(m.x, m.a, m.b, m.ranks, m.base, weights, m.ids)
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    with poisoned():
+        yield
+
+
+def test_new_memory_is_poisoned():
+    assert torch.empty(7).isnan().all()
+    assert torch.empty_like(torch.ones(7, dtype=torch.bfloat16)).isnan().all()
+    assert (torch.empty(7, dtype=torch.int32) > 10**6).all()
+
+
+@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
+@pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
+def test_forward(form, tokens, width, out, ranks, chosen):
+    m = draw_mixture(tokens, width, out, ranks, chosen)
+    assert distance(call(form, m), m.wanted()) <= FLOAT32
+
+
+@pytest.mark.parametrize("form", ["sorted", "fused"])
+@pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
+def test_gradients(form, tokens, width, out, ranks, chosen):
+    if form == "fused" and (len(set(ranks)) > 1 or ranks[0] & (ranks[0] - 1)):
+        pytest.skip("the form says so: it needs equal ranks that are powers of two")
+    m = draw_mixture(tokens, width, out, ranks, chosen, seed=1)
+    x, weights, base = (t.clone().requires_grad_() for t in (m.x, m.weights, m.base))
+    m.x, m.base = x, base
+    direction = torch.randn(tokens, out)
+    dx, dweights, dbase = torch.autograd.grad(call(form, m, weights), (x, weights, base), direction)
+    wanted_dx, wanted_dw = m.wanted_gradients(direction)
+    assert distance(dx, wanted_dx) <= FLOAT32
+    # What no expert stands behind has no gradient.
+    wanted_dw = wanted_dw.masked_fill(m.ids.cpu() == len(ranks), 0.0)
+    assert distance(dweights, wanted_dw) <= FLOAT32
+    assert torch.equal(dbase, direction)
+
+
+@pytest.mark.parametrize("rows", [23, 1], ids=["gates-per-token", "one-row"])
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (16,), (2, 5, 0)])
+def test_dense_gates(rows, ranks):
+    m = draw_mixture(23, 20, 36, ranks, 1)
+    gates = torch.randn(rows, len(ranks), generator=torch.Generator().manual_seed(3))
+    out = mix_fused(m.x, m.a, m.b, m.ranks, m.base, gates)
+    assert distance(out, m.wanted(gates)) <= FLOAT32
+    if len(set(ranks)) == 1:
+        x, leaf = m.x.clone().requires_grad_(), gates.clone().requires_grad_()
+        direction = torch.randn(23, 36)
+        mixed = mix_fused(x, m.a, m.b, m.ranks, m.base, leaf)
+        found = torch.autograd.grad(mixed, (x, leaf), direction)
+        for one, other in zip(found, m.wanted_gradients(direction, gates), strict=True):
+            assert distance(one, other) <= FLOAT32
+
+
+@pytest.mark.parametrize(("dtype", "bound"), NARROW)
+@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
+def test_narrow_dtypes(form, dtype, bound):
+    m = draw_mixture(19, 48, 40, (8, 8, 8, 8), 2, dtype=dtype)
+    out = call(form, m)
+    assert out.dtype == dtype
+    assert distance(out, m.wanted()) <= bound
+    if form != "gather":
+        x, weights = m.x.clone().requires_grad_(), m.weights.clone().requires_grad_()
+        m.x = x
+        direction = torch.randn(19, 40).to(dtype)
+        dx, dweights = torch.autograd.grad(call(form, m, weights), (x, weights), direction)
+        assert (dx.dtype, dweights.dtype) == (dtype, torch.float32)
+        wanted_dx, wanted_dw = m.wanted_gradients(direction)
+        assert distance(dx, wanted_dx) <= bound
+        assert distance(dweights, wanted_dw.masked_fill(m.ids == 4, 0.0)) <= bound
+
+
+@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
+def test_a_wider_base_keeps_its_dtype(form):
+    m = draw_mixture(9, 16, 24, (8, 8), 1, dtype=torch.bfloat16)
+    m.base = torch.randn(9, 24)
+    assert call(form, m).dtype == torch.float32
+    assert distance(call(form, m), m.wanted()) <= 2 * 2**-8
+
+
+@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
+def test_rows_with_a_stride_and_columns_with_one(form):
+    m = draw_mixture(9, 16, 24, (4, 4, 4), 2)
+    wanted = m.wanted()
+    wide = torch.full((18, 40), float("nan"))
+    wide[::2, :16], wide[1::2, 16:] = m.x, m.base
+    m.x, m.base = wide[::2, :16], wide[1::2, 16:]
+    assert distance(call(form, m), wanted) <= FLOAT32
+    m.x, m.ids, m.weights = (t.T.contiguous().T for t in (m.x, m.ids, m.weights))
+    assert distance(call(form, m), wanted) <= FLOAT32
+
+
+def test_an_expanded_gradient():
+    m = draw_mixture(9, 16, 24, (4, 4, 4), 2)
+    for form in ("sorted", "fused"):
+        weights = m.weights.clone().requires_grad_()
+        call(form, m, weights).sum().backward()
+        wanted = m.wanted_gradients(torch.ones(9, 24))[1].masked_fill(m.ids == 3, 0.0)
+        assert distance(weights.grad, wanted) <= FLOAT32
+
+
+def test_all_tokens_on_one_expert():
+    m = draw_mixture(75, 20, 16, (4,) * 6, 1, none=False, among=1)
+    assert (m.ids == 0).all()
+    for form in ("sorted", "fused", "gather"):
+        assert distance(call(form, m), m.wanted()) <= FLOAT32
+
+
+def test_no_token_has_an_expert():
+    m = draw_mixture(20, 20, 16, (4, 4), 1)
+    m.ids, m.weights = torch.full_like(m.ids, 2), torch.zeros_like(m.weights)
+    for form in ("sorted", "fused", "gather"):
+        assert torch.equal(call(form, m), m.base)
+
+
+@pytest.mark.parametrize("form", ["gather", "sorted"])
+def test_a_broken_expert_spoils_only_who_chose_it(form):
+    m = draw_mixture(40, 16, 24, (4, 4, 4), 1)
+    m.a[4:8], m.b[4:8] = float("inf"), float("nan")
+    out = call(form, m)
+    assert torch.equal(out.isfinite().all(1), (m.ids != 1).all(1))
+
+
+@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
+def test_the_same_bits_twice_and_the_same_in_other_company(form):
+    m = draw_mixture(40, 32, 24, (4, 4, 4), 2)
+    out = call(form, m)
+    assert torch.equal(call(form, m), out)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    m.x, m.base, m.ids, m.weights = (t[order] for t in (m.x, m.base, m.ids, m.weights))
+    # NumPy's products, which the interpreter takes, round rows differently by their place; on a GPU the bits
+    # are the same.
+    assert distance(call(form, m), out[order]) <= FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rows"), [(1, 3, 16), (130, 5, 16), (64, 40, 32), (300, 2, 16)]
+)
+def test_the_schedule_holds_every_token_once(tokens, experts, rows):
+    ids = draw_mixture(tokens, 1, 1, (1,) * experts, 2, seed=4).ids
+    schedule = make_schedule(ids, experts, rows)
+    for slot in range(2):
+        groups, order = schedule.groups[slot], schedule.order[slot]
+        used = groups <= experts
+        assert (order[~used] == -1).all()
+        held = order[used]
+        assert sorted(held[held >= 0].tolist()) == list(range(tokens))
+        for group, block in zip(groups[used].tolist(), held, strict=True):
+            assert (ids[block[block >= 0].long(), slot] == group).all()
+            # Stable: the order of the sums never changes.
+            assert (block[block >= 0].diff() > 0).all()
+
+
+@pytest.mark.parametrize("tiles", [Tiles(16, 32, 16), Tiles(32, 64, 32)])
+def test_other_tiles_give_the_same(tiles):
+    m = draw_mixture(33, 40, 50, (8,) * 5, 2)
+    tables = rank_tables(m.ranks.ranks, m.ranks.scaling, m.x.device)
+    hg, _ = stacked_shrink(m.x, m.a, m.weights, tables, expert_ids_NK=m.ids, tiles=tiles)
+    assert distance(stacked_expand(hg, m.b, m.base, tiles=tiles), m.wanted()) <= FLOAT32
+    own = m.base.clone()
+    assert stacked_expand(hg, m.b, own, in_place=True, tiles=tiles) is own
+    assert distance(own, m.wanted()) <= FLOAT32
