@@ -51,40 +51,14 @@ def gather_mix(
     partial = torch.empty(tokens * slots, splits, ranks, dtype=torch.float32, device=x_NI.device)
     out_NO = torch.empty_like(base_NO, memory_format=torch.contiguous_format)
     _partial_h[(splits, tokens * slots)](
-        x_NI,
-        A_RI,
-        expert_ids_NK,
-        partial,
-        tables.starts,
-        x_NI.stride(0),
-        A_RI.stride(0),
-        width,
-        slots,
-        tables.experts,
-        RANKS=ranks,
-        PIECE=part_in,
-        num_warps=4,
-    )
+        x_NI, A_RI, expert_ids_NK, partial, tables.starts, x_NI.stride(0), A_RI.stride(0), width, slots,
+        tables.experts, RANKS=ranks, PIECE=part_in, num_warps=4,
+    )  # fmt: skip
     _gathered[(cut(out_width, part_out), tokens)](
-        partial,
-        B_RO,
-        expert_ids_NK,
-        weights_NK,
-        base_NO,
-        out_NO,
-        tables.starts,
-        tables.scaling,
-        B_RO.stride(0),
-        base_NO.stride(0),
-        splits,
-        out_width,
-        tables.experts,
-        SLOTS=slots,
-        RANKS=ranks,
-        SPLITS=triton.next_power_of_2(splits),
-        PIECE=part_out,
-        num_warps=4,
-    )
+        partial, B_RO, expert_ids_NK, weights_NK, base_NO, out_NO, tables.starts, tables.scaling,
+        B_RO.stride(0), base_NO.stride(0), splits, out_width, tables.experts, SLOTS=slots, RANKS=ranks,
+        SPLITS=triton.next_power_of_2(splits), PIECE=part_out, num_warps=4,
+    )  # fmt: skip
     return out_NO
 
 

@@ -74,30 +74,11 @@ def shrink(
     elif keep:
         second = torch.empty_like(out_NKQ)
     _shrink[(schedule.blocks, slots)](
-        x_ND,
-        W_RD,
-        weights_NK,
-        h_NKQ if h_NKQ is not None else out_NKQ,
-        out_NKQ,
-        second,
-        schedule.order,
-        schedule.groups,
-        tables.starts,
-        tables.scaling,
-        x_ND.stride(0),
-        W_RD.stride(0),
-        slots,
-        tables.experts,
-        tables.widest,
-        WIDTH=width,
-        BACKWARD=backward,
-        KEEP=keep,
-        ROWS=schedule.rows,
-        RANKS=tables.tile,
-        DEPTH=tiles.depth,
-        PRECISION=precision(x_ND.dtype),
-        **tiles.launch,
-    )
+        x_ND, W_RD, weights_NK, h_NKQ if h_NKQ is not None else out_NKQ, out_NKQ, second, schedule.order,
+        schedule.groups, tables.starts, tables.scaling, x_ND.stride(0), W_RD.stride(0), slots, tables.experts,
+        tables.widest, WIDTH=width, BACKWARD=backward, KEEP=keep, ROWS=schedule.rows, RANKS=tables.tile,
+        DEPTH=tiles.depth, PRECISION=precision(x_ND.dtype), **tiles.launch,
+    )  # fmt: skip
     return out_NKQ, second if backward or keep else None
 
 
@@ -119,57 +100,21 @@ def expand(
     for slot in range(slots):
         adds_base = base_ND is not None and slot == slots - 1
         _expand[(cut(width, tiles.columns), schedule.blocks)](
-            h_NKQ,
-            W_RD,
-            base_ND if base_ND is not None else out_ND,
-            out_ND,
-            schedule.order,
-            schedule.groups,
-            tables.starts,
-            W_RD.stride(0),
-            base_ND.stride(0) if base_ND is not None else 0,
-            width,
-            slots,
-            slot,
-            tables.experts,
-            tables.widest,
-            ADD=slot > 0,
-            BASE=adds_base,
-            ROWS=schedule.rows,
-            RANKS=tables.tile,
-            COLUMNS=tiles.columns,
-            EVEN=width % tiles.columns == 0,
-            PRECISION=precision(h_NKQ.dtype),
-            **tiles.launch,
-        )
+            h_NKQ, W_RD, base_ND if base_ND is not None else out_ND, out_ND, schedule.order, schedule.groups,
+            tables.starts, W_RD.stride(0), base_ND.stride(0) if base_ND is not None else 0, width, slots,
+            slot, tables.experts, tables.widest, ADD=slot > 0, BASE=adds_base, ROWS=schedule.rows,
+            RANKS=tables.tile, COLUMNS=tiles.columns, EVEN=width % tiles.columns == 0,
+            PRECISION=precision(h_NKQ.dtype), **tiles.launch,
+        )  # fmt: skip
     return out_ND
 
 
 @triton.jit
 def _shrink(
-    x,
-    w,
-    weights,
-    kept,
-    out,
-    second,
-    order,
-    groups,
-    starts,
-    scaling,
-    x_stride,
-    w_stride,
-    slots,
-    experts,
-    widest,
-    WIDTH: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    KEEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, w, weights, kept, out, second, order, groups, starts, scaling, x_stride, w_stride, slots, experts,
+    widest, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+    RANKS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     slot = tl.program_id(1)
     block = slot * tl.num_programs(0) + tl.program_id(0)
     group = tl.load(groups + block)

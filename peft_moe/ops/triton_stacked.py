@@ -23,7 +23,8 @@ def stacked_tiles(dtype: torch.dtype, tokens: int, total: int, rank: int) -> Til
     rows = 16 if tokens < 1024 else 32 if tokens < 8192 else 64
     if dtype == torch.float32:
         return Tiles(rows, max(min(columns, 64), triton.next_power_of_2(rank)), 32, 4, 3)
-    return Tiles(rows, columns, 128 if columns <= 64 else 64, 4, 4)
+    # Four warps would spill where the epilogue holds a second tile.
+    return Tiles(rows, columns, 128 if columns <= 64 else 64, 8 if columns > 64 else 4, 4)
 
 
 def add_tiles(dtype: torch.dtype, tokens: int) -> Tiles:
@@ -79,33 +80,13 @@ def stacked_shrink(
     elif keep:
         second = x_ND.new_empty((tokens, slots, tables.widest) if slots else (tokens, total))
     _gated[(cut(total, tiles.columns), cut(tokens, tiles.rows))](
-        x_ND,
-        W_RD,
-        out_NR if expert_ids_NK is None else expert_ids_NK.contiguous(),
-        weights,
-        h if h is not None else out_NR,
-        out_NR,
-        second,
-        tables.owners,
-        tables.starts,
-        tables.scaling,
-        x_ND.stride(0),
-        W_RD.stride(0),
-        0 if weights.shape[0] == 1 and tokens > 1 else weights.shape[1],
-        tokens,
-        total,
-        tables.experts,
-        WIDTH=width,
-        SLOTS=slots,
-        WIDEST=tables.widest,
-        BACKWARD=h is not None,
-        KEEP=keep,
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        DEPTH=tiles.depth,
-        PRECISION=precision(x_ND.dtype),
+        x_ND, W_RD, out_NR if expert_ids_NK is None else expert_ids_NK.contiguous(), weights, h if h is not
+        None else out_NR, out_NR, second, tables.owners, tables.starts, tables.scaling, x_ND.stride(0),
+        W_RD.stride(0), 0 if weights.shape[0] == 1 and tokens > 1 else weights.shape[1], tokens, total,
+        tables.experts, WIDTH=width, SLOTS=slots, WIDEST=tables.widest, BACKWARD=h is not None, KEEP=keep,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PRECISION=precision(x_ND.dtype),
         **tiles.launch,
-    )
+    )  # fmt: skip
     return out_NR, second if keep or h is not None else None
 
 
@@ -126,23 +107,58 @@ def stacked_expand(
     out_ND = base_ND if in_place else torch.empty_like(base_ND, memory_format=torch.contiguous_format)
     tiles = tiles or add_tiles(h_NR.dtype, tokens)
     _add_product[(cut(width, tiles.columns), cut(tokens, tiles.rows))](
-        h_NR,
-        W_RD,
-        base_ND,
-        out_ND,
-        W_RD.stride(0),
-        base_ND.stride(0),
-        out_ND.stride(0),
-        tokens,
-        width,
-        TOTAL=W_RD.shape[0],
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        DEPTH=tiles.depth,
-        PRECISION=precision(h_NR.dtype),
-        **tiles.launch,
-    )
+        h_NR, W_RD, base_ND, out_ND, W_RD.stride(0), base_ND.stride(0), out_ND.stride(0), tokens, width,
+        TOTAL=W_RD.shape[0], ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth,
+        PRECISION=precision(h_NR.dtype), **tiles.launch,
+    )  # fmt: skip
     return out_ND
+
+
+@triton.jit
+def _dense_gates(
+    sums, row, rank, owner, scale, mask, weights, kept, second, gate_stride, total, experts,
+    WIDEST: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gates of a tile from [N, E]; keeps the products, or stores the gradient of the gates."""
+    at = row[:, None] * total + rank[None, :]
+    gate_at = weights + row[:, None] * gate_stride + owner[None, :]
+    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+    if KEEP:
+        tl.store(second + at, sums.to(second.dtype.element_ty), mask=mask)
+    if BACKWARD:
+        products = sums * tl.load(kept + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :]
+        sums_of = tl.sum(tl.reshape(products, [ROWS, COLUMNS // WIDEST, WIDEST]), axis=2)
+        expert = tl.program_id(0) * (COLUMNS // WIDEST) + tl.arange(0, COLUMNS // WIDEST)
+        live = tl.max(mask.to(tl.int32), axis=1) > 0
+        inside = live[:, None] & (expert < experts)[None, :]
+        tl.store(second + row[:, None] * experts + expert[None, :], sums_of, mask=inside)
+    return gate
+
+
+@triton.jit
+def _chosen_gates(
+    sums, row, owner, within, scale, mask, ids, weights, kept, second, tokens,
+    SLOTS: tl.constexpr, WIDEST: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gates of a tile from the chosen experts [N, K]; keeps or differentiates at these ranks only."""
+    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    live = row < tokens
+    for slot in tl.static_range(SLOTS):
+        pair = row * SLOTS + slot
+        chosen = tl.load(ids + pair, mask=live, other=-1)
+        weight = tl.load(weights + pair, mask=live, other=0.0).to(tl.float32)
+        hit = (chosen[:, None] == owner[None, :]) & mask
+        gate += tl.where(hit, weight[:, None], 0.0)
+        kept_at = pair[:, None] * WIDEST + within[None, :]
+        if KEEP:
+            tl.store(second + kept_at, sums.to(second.dtype.element_ty), mask=hit)
+        if BACKWARD:
+            products = sums * tl.load(kept + kept_at, mask=hit, other=0.0).to(tl.float32)
+            change = tl.sum(tl.where(hit, products * scale[None, :], 0.0), axis=1)
+            tl.store(second + pair, change, mask=tl.max(hit.to(tl.int32), axis=1) > 0)
+    return gate
 
 
 @triton.jit
@@ -191,37 +207,20 @@ def _gated(
     owner = tl.load(owners + rank, mask=held, other=0)
     scale = tl.load(scaling + owner)
     mask = live[:, None] & held[None, :]
-    at = row[:, None] * total + rank[None, :]
     if SLOTS == 0:
-        gate_at = weights + row[:, None] * gate_stride + owner[None, :]
-        gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-        if KEEP:
-            tl.store(second + at, sums.to(second.dtype.element_ty), mask=mask)
-        if BACKWARD:
-            products = sums * tl.load(kept + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :]
-            sums_of = tl.sum(tl.reshape(products, [ROWS, COLUMNS // WIDEST, WIDEST]), axis=2)
-            expert = tl.program_id(0) * (COLUMNS // WIDEST) + tl.arange(0, COLUMNS // WIDEST)
-            inside = live[:, None] & (expert < experts)[None, :]
-            tl.store(second + row[:, None] * experts + expert[None, :], sums_of, mask=inside)
+        gate = _dense_gates(
+            sums, row, rank, owner, scale, mask, weights, kept, second, gate_stride, total, experts,
+            WIDEST, BACKWARD, KEEP, ROWS, COLUMNS,
+        )  # fmt: skip
     else:
-        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
         within = rank - tl.load(starts + owner)
-        for slot in tl.static_range(SLOTS):
-            pair = row * SLOTS + slot
-            chosen = tl.load(ids + pair, mask=live, other=-1)
-            weight = tl.load(weights + pair, mask=live, other=0.0).to(tl.float32)
-            hit = (chosen[:, None] == owner[None, :]) & mask
-            gate += tl.where(hit, weight[:, None], 0.0)
-            kept_at = pair[:, None] * WIDEST + within[None, :]
-            if KEEP:
-                tl.store(second + kept_at, sums.to(second.dtype.element_ty), mask=hit)
-            if BACKWARD:
-                products = sums * tl.load(kept + kept_at, mask=hit, other=0.0).to(tl.float32)
-                change = tl.sum(tl.where(hit, products * scale[None, :], 0.0), axis=1)
-                tl.store(second + pair, change, mask=tl.max(hit.to(tl.int32), axis=1) > 0)
+        gate = _chosen_gates(
+            sums, row, owner, within, scale, mask, ids, weights, kept, second, tokens,
+            SLOTS, WIDEST, BACKWARD, KEEP, ROWS, COLUMNS,
+        )  # fmt: skip
     # A gate of zero keeps out what is not finite.
     gated = tl.where(gate != 0.0, sums * (gate * scale[None, :]), 0.0)
-    tl.store(out + at, gated.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row[:, None] * total + rank[None, :], gated.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
