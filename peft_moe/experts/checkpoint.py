@@ -43,6 +43,11 @@ class TensorAt(NamedTuple):
         """Number of elements."""
         return int(torch.Size(self.shape).numel())
 
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return self.numel * FLOATS.get(self.dtype, 1)
+
 
 def model_refusal(location: str, what: str, fix: str) -> PeftMoeError:
     """The two lines of every refusal of a full model.
@@ -104,9 +109,14 @@ class Checkpoint:
             raise model_refusal(self.location, what, "copy or download it again") from error
 
     @property
+    def name(self) -> str:
+        """Its location as PEFT records a base: a Hub id without its revision."""
+        return self.location if os.path.isdir(self.location) else self.location.split("@")[0]
+
+    @property
     def num_bytes(self) -> int:
         """Size of its weights on disk."""
-        return sum(at.numel * FLOATS.get(at.dtype, 1) for at in self.tensors.values())
+        return sum(at.num_bytes for at in self.tensors.values())
 
     @property
     def dtype(self) -> str:

@@ -2,7 +2,8 @@
 
 ΔW = W_model − W_base = U S Vᵀ of every linear layer; B = U√S and A = √S Vᵀ, scale 1. What is no linear layer
 (biases, norms, embeddings, the head) cannot be gated as ranks and is reported with the share of the change
-that it carries. Two tensors are in memory at a time, and the result.
+that it carries. Two of the
+layers' tensors are in memory at a time, and the result; all others are only mapped.
 """
 
 from __future__ import annotations
@@ -130,11 +131,13 @@ def _read_one(
     note: Callable[[bytes], object],
 ) -> tuple[Tensor, Tensor]:
     """Both factors of one tensor, without ranks where it is not taken; what was found goes to ``report``."""
-    delta, norm, base_norm = _difference(plan, pair, device, note)
-    change = norm / base_norm if base_norm else float(norm > 0)
     if not pair.taken:
+        norm, base_norm = _change(plan, pair, note)
+        change = norm / base_norm if base_norm else float(norm > 0)
         report.ignored.append(IgnoredTensor(pair.name, pair.kind, norm, change))
         return torch.empty(0), torch.empty(0)
+    delta, norm, base_norm = _difference(plan, pair, device, note)
+    change = norm / base_norm if base_norm else float(norm > 0)
     delta_OI = delta.T if pair.transposed else delta
     found = low_rank(delta_OI, rule, seed=_seed(pair.name))
     A, B = (_rounded(one, dtype) for one in (found.A, found.B))
@@ -149,9 +152,7 @@ def _difference(
     """ΔW in float32 as in the files, its norm and that of W; a sample of W goes to ``note``."""
     with plan.base.mapped(pair.base_key) as mapped:
         delta = mapped.to(device=device, dtype=torch.float32, copy=True)
-    sample = delta.flatten()[:: max(1, delta.numel() // _SAMPLE)].cpu()
-    at = plan.base.tensors[pair.base_key]
-    note(f"{pair.name} {at.dtype} {list(at.shape)}".encode() + sample.numpy().tobytes())
+    note(_sample(plan, pair, delta))
     base_norm = frobenius(delta)
     _check_finite(base_norm, pair.name, plan.base)
     delta.neg_()
@@ -162,6 +163,28 @@ def _difference(
     norm = frobenius(delta)
     _check_finite(norm, pair.name, plan.model)
     return delta, norm, base_norm
+
+
+def _change(plan: ExtractionPlan, pair: TensorPair, note: Callable[[bytes], object]) -> tuple[float, float]:
+    """‖Δ‖ and ‖W‖ of a tensor that is only reported, without a copy of it: embeddings are the largest."""
+    squares = [0.0, 0.0]
+    with plan.base.mapped(pair.base_key) as base, plan.model.mapped(pair.model_key) as other:
+        note(_sample(plan, pair, base))
+        for ours, theirs in zip(row_blocks(base), row_blocks(other), strict=True):
+            before = ours.float()
+            squares[0] += frobenius(theirs.float() - before) ** 2
+            squares[1] += frobenius(before) ** 2
+    norm, base_norm = math.sqrt(squares[0]), math.sqrt(squares[1])
+    _check_finite(base_norm, pair.name, plan.base)
+    _check_finite(norm, pair.name, plan.model)
+    return norm, base_norm
+
+
+def _sample(plan: ExtractionPlan, pair: TensorPair, base: Tensor) -> bytes:
+    """What the fingerprint takes of one of the base's tensors."""
+    at = plan.base.tensors[pair.base_key]
+    values = base.flatten()[:: max(1, base.numel() // _SAMPLE)].float().cpu()
+    return f"{pair.name} {at.dtype} {list(at.shape)}".encode() + values.numpy().tobytes()
 
 
 def _check_finite(norm: float, name: str, whose: Checkpoint) -> None:

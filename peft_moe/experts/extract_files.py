@@ -37,7 +37,7 @@ def write_adapter(folder: Path, plan: ExtractionPlan, factors: dict[str, Tensor]
         alpha_pattern=dict(others),
         target_modules=_target_names(set(named), plan),
         fan_in_fan_out=flipped == {True},
-        base_model_name_or_path=plan.base.location,
+        base_model_name_or_path=plan.base.name,
         revision=_revision(plan),
         task_type=task_of(plan.class_name),
         inference_mode=True,

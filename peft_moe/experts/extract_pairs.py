@@ -73,10 +73,14 @@ class ExtractionPlan:
         """The pairs that become LoRAs."""
         return [pair for pair in self.pairs if pair.taken]
 
+    def sides(self, pair: TensorPair) -> tuple[tuple[Checkpoint, str], tuple[Checkpoint, str]]:
+        """Where both tensors of a pair are."""
+        return (self.base, pair.base_key), (self.model, pair.model_key)
+
     @property
     def largest(self) -> int:
-        """Elements of the largest tensor that is read."""
-        return max((self.base.tensors[pair.base_key].numel for pair in self.pairs), default=0)
+        """Elements of the largest tensor that is taken."""
+        return max((self.base.tensors[pair.base_key].numel for pair in self.taken), default=0)
 
 
 def plan_extraction(

@@ -134,7 +134,7 @@ def _mixture(file: MixFile, base: Checkpoint, sources: dict[str, str], device: s
         model = kind.from_pretrained(base.folder, dtype=torch_dtype(file, base), trust_remote_code=False).to(
             device
         )
-    model.name_or_path = base.location
+    model.name_or_path = base.name
     set_seed(file.seed)
     mixture = get_peft_model(model, file.config(sources, task_type=task_of(kind.__name__)))
     # A full model's record names the model, not the folder that its adapter happened to be kept in.

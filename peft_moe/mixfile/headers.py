@@ -189,9 +189,23 @@ def extraction_facts(plan: ExtractionPlan, rule: RankRule, dtype: str) -> dict[s
         "rank by": f"{rule.name}, at most {rule.limit}",
         "left out": dict(left_out),
         "bytes of the adapter, at most": result * width,
-        # Factors are float32 until they are rounded, and are copied once more when they are written.
-        "memory to extract": 8 * plan.largest + _exact_work(plan, rule) + 2 * result * width,
+        # The factors are copied once when they are written.
+        "memory to extract": max(_taken_work(plan) + _exact_work(plan, rule), _mapped(plan))
+        + 2 * result * width,
     }
+
+
+def _taken_work(plan: ExtractionPlan) -> int:
+    """The difference in float32, and one tensor of a file beside it."""
+    widths = [FLOATS[side.tensors[key].dtype] for p in plan.taken for side, key in plan.sides(p)]
+    return plan.largest * (4 + max(widths, default=4))
+
+
+def _mapped(plan: ExtractionPlan) -> int:
+    """Pages of the largest tensor that is only compared."""
+    rest = [pair for pair in plan.pairs if not pair.taken]
+    sizes = (sum(side.tensors[key].num_bytes for side, key in plan.sides(pair)) for pair in rest)
+    return max(sizes, default=0)
 
 
 def _exact_work(plan: ExtractionPlan, rule: RankRule) -> int:

@@ -110,7 +110,7 @@ def inspect_file(path: str | os.PathLike[str], *, download: bool = False) -> Pre
 def _named(base: Checkpoint) -> Any:
     """The empty base under the name that the mixture will record."""
     empty = base.empty_model()
-    empty.name_or_path = base.location
+    empty.name_or_path = base.name
     return empty
 
 
@@ -149,7 +149,7 @@ def _bound(entry: ExpertEntry, plan: ExtractionPlan) -> ExpertSpec:
     return ExpertSpec(
         entry.name,
         source=entry.source,
-        base_model=plan.base.location,
+        base_model=plan.base.name,
         r=limit,
         lora_alpha=limit,
         rank_pattern=ranks,

@@ -21,6 +21,7 @@ from peft_moe.experts.adapters import open_experts
 from peft_moe.experts.checkpoint import Checkpoint
 from peft_moe.experts.extract import extract_adapter
 from peft_moe.experts.extract_svd import RankRule, low_rank, marchenko_pastur_median, relative_error
+from peft_moe.mixfile.headers import inspect_model
 
 REPO = Path(__file__).parents[2]
 
@@ -376,6 +377,30 @@ def test_places_that_are_not_written_to(zoo, tmp_path):
         extract_adapter(base, full, tmp_path / "link", overwrite=True, progress=False)
 
 
+def test_models_in_the_cache_of_the_hub(zoo, tmp_path):
+    base, full = merged(zoo, "llama", tmp_path, torch.float32)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, folder in (("base", base), ("full", full)):
+        place = tmp_path / "hub" / f"models--org--{name}"
+        (place / "snapshots").mkdir(parents=True)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(commit)
+        Path(folder).rename(place / "snapshots" / commit)
+    script = (
+        "from peft_moe.experts.extract import extract_adapter as e\n"
+        f"e('org/base', 'org/full@main', {str(tmp_path / 'out')!r}, progress=False)\n"
+        "try: e('org/base', 'org/lost', 'x', progress=False)\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Model 'org/lost': no folder of that name, and the Hub says" in done.stdout
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+
+
 def test_an_architecture_outside_transformers_is_never_imported(zoo, tmp_path):
     base, full = merged(zoo, "llama", tmp_path, torch.float32)
     for folder in (base, full):
@@ -494,6 +519,11 @@ def test_two_tensors_are_in_memory_and_the_result(dtype, tmp_path):
     assert model.num_bytes > 4 * tensor  # else the bound below would hold for anybody
     # Beside two tensors and the result: pages of libraries that are first touched here, buffers of products.
     assert peak <= 2 * tensor + 2 * result + 6e6, (peak / 1e6, tensor / 1e6, result / 1e6)
+    base = Checkpoint.open(tmp_path / "large" / "base")
+    announced = inspect_model("x", str(tmp_path / "large" / "full"), base, {"rank": 4})[0].facts[
+        "memory to extract"
+    ]
+    assert announced == pytest.approx(peak, rel=0.25), (announced / 1e6, peak / 1e6)
 
 
 def test_recipes_differ():
