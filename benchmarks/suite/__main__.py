@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import layers, memory, models, picture, routers
+from . import layers, memory, models, picture, profile, routers
 from .contestants import UnavailableError
 from .goals import goals
 from .machine import REPO, Peaks, machine_name, measure_peaks, processor, versions
@@ -58,7 +58,9 @@ def main(words: list[str] | None = None) -> int:
         print(f"No figures: {error}", file=sys.stderr)
         return 1
     parts = [heading(peaks, args.quick, time.monotonic() - start), *notes, tables(rows)]
-    text = "\n\n".join([*parts, *([] if args.quick else [goals(rows)])]) + "\n\n"
+    if "models" in args.levels:
+        parts.append(profile.measure(args.quick))
+    text = "\n\n".join(part for part in (*parts, "" if args.quick else goals(rows)) if part) + "\n\n"
     print(text)
     keep(args.out, text, rows, peaks)
     return 0

@@ -103,9 +103,10 @@ def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Con
 
 
 def backends() -> list[str]:
-    """Ways to compute a mixture that the config may ask for; no gates are constant here, which would fold."""
+    """Ways to compute a mixture on a CPU that the config may ask for; gates to fold do not occur."""
     known = {entry.name for entry in dataclasses.fields(MoLoraConfig)}
-    return [name for name in FORMS if name != "folded"] if "backend" in known else []
+    usable = [name for name in FORMS if name != "folded" and not name.startswith("triton")]
+    return usable if "backend" in known else []
 
 
 def own(case: Case) -> dict[str, dict[str, Any]]:

@@ -19,9 +19,9 @@ from peft_moe.ops import RankMap, mix_reference
 from .contestants import Contestant, dtypes_of
 from .experts import DTYPE, Experts, adapted
 
-# In bf16, of the output. It keeps 8 bits: output, h, gates and weights round by 2^-9 each, and X-LoRA rounds
-# its running sum once more for each expert (1.1 % at 128). One expert for another is off by more than 10 %.
-NARROW_BOUND = 1.5e-2
+# In bf16, of the output, for E experts: 2^-9 · √(E + 16). X-LoRA rounds its running sum once for each expert,
+# by up to 2^-9 every time and in either direction; the rest covers h, gates, weights and the base.
+NARROW_BOUND = 2**-9
 # In float32, of what the experts add: products of up to 2048 terms, 2^-24 each, in any order.
 WIDE_BOUND = 1e-4
 
@@ -63,9 +63,9 @@ def check(name: str, contestant: Contestant, experts: Experts, inputs: Tensor) -
     layers, dtypes = dict(adapted(contestant.model)), dtypes_of(contestant.model)
     if sorted(layers) != sorted(experts.names) or dtypes != {DTYPE}:
         raise ParityError(f"{name}: adapts {len(layers)} of {len(experts.names)} layers, in {dtypes}")
-    for bound, mode in ((NARROW_BOUND, nullcontext()), (WIDE_BOUND, _widened(contestant.model))):
-        with mode:
-            wide = bound == WIDE_BOUND
+    narrow = NARROW_BOUND * (experts.count + 16) ** 0.5
+    for wide, bound in ((False, narrow), (True, WIDE_BOUND)):
+        with _widened(contestant.model) if wide else nullcontext():
             errors = _errors(
                 contestant,
                 layers,

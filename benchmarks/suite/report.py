@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from .clock import Spread
-from .results import OURS, TOTAL, Row
+from .results import BEST_BACKEND, BEST_PEER, OURS, TOTAL, Row
 from .routers import GATELESS
 
 
@@ -31,7 +31,7 @@ def _models(rows: list[Row]) -> Iterable[str]:
                 f"{row.milliseconds.middle:.1f}" if row.milliseconds else "",
                 _cell(row.to.get("base")),
                 _cell(row.to.get(TOTAL)),
-                _beside(row, "best peer", "best_peer"),
+                _beside(row, BEST_PEER, "best_peer"),
                 _percent(row.share),
                 _times(row.added_over_floor),
             ]
@@ -74,8 +74,8 @@ def _layers(rows: list[Row]) -> Iterable[str]:
                     f"{one.case.experts}×{one.case.rank}",
                     top_k,
                     *(_short(at[name].to["base"]) if name in at else "" for name in names),
-                    _beside(one, "best peer", "best_peer"),
-                    _short(one.to.get("best backend")),
+                    _beside(one, BEST_PEER, "best_peer"),
+                    _short(one.to.get(BEST_BACKEND)),
                     _percent(one.share),
                     _times(one.added_over_floor),
                 ]

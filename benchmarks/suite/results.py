@@ -14,6 +14,7 @@ from .floors import Floor
 
 TOTAL = "LoRA E·r"
 OURS = "ours"
+BEST_PEER, BEST_BACKEND = "best peer", "best backend"
 
 
 @dataclass
@@ -94,9 +95,9 @@ def make_rows(
         row.floor = floor(name)
         if name.startswith(OURS) and peers:
             best = min(peers, key=middle.__getitem__)
-            row.to["best peer"], row.extra["best_peer"] = ratios(times, name, best), best
+            row.to[BEST_PEER], row.extra["best_peer"] = ratios(times, name, best), best
         if name == OURS and backends:
             best = min(backends, key=middle.__getitem__)
-            row.to["best backend"], row.extra["best_backend"] = ratios(times, name, best), best
+            row.to[BEST_BACKEND], row.extra["best_backend"] = ratios(times, name, best), best
         rows.append(row)
     return rows

@@ -9,11 +9,14 @@ import torch
 
 from benchmarks.suite import parity
 from benchmarks.suite.__main__ import main
-from benchmarks.suite.clock import Variant, interleave, ratios
+from benchmarks.suite.clock import Spread, Variant, interleave, ratios
 from benchmarks.suite.contestants import build
 from benchmarks.suite.experts import DTYPE, TINY_LLAMA, Case
 from benchmarks.suite.floors import floor
+from benchmarks.suite.goals import goals
 from benchmarks.suite.machine import Peaks
+from benchmarks.suite.models import FULL, GOAL
+from benchmarks.suite.results import BEST_PEER, OURS, TOTAL, Row
 
 LAYER = Case(experts=4, rank=8, width=64, out=96, tokens=16)
 MODEL = Case(experts=4, rank=8, sizes=TINY_LLAMA, tokens=16)
@@ -42,6 +45,7 @@ def test_quick_run_prints_and_keeps_every_contestant(tmp_path, capsys):
     kept = path.read_text(encoding="utf-8")
     assert kept.count("## Benchmark") - kept.count("### Benchmark") == 2  # appended, not replaced
     assert "÷ best peer" in printed
+    assert printed.count("### Where the time goes") == 3
 
 
 def test_a_failed_parity_check_leaves_no_figures(tmp_path, capsys, monkeypatch):
@@ -96,6 +100,26 @@ def test_floor_of_a_layer_by_hand():
     traffic = Peaks({DTYPE: 1e30}, 1.0)  # no time for arithmetic
     slow = floor(Case(experts=4, rank=8, width=10, out=20, batch=1, tokens=3), "base", traffic)
     assert slow.seconds == slow.bytes == 2 * (3 * 10 + 3 * 20 + 10 * 20)
+
+
+def test_goals_are_met_or_missed_by_the_figures():
+    def row(level, case, name, ratio):
+        same = Spread(ratio, ratio, ratio)
+        return Row(level, "step", case, name, milliseconds=same, to={TOTAL: same, BEST_PEER: same})
+
+    rows = [row("prefill", GOAL, OURS, 1.09), row("training", GOAL, OURS, 1.11)]
+    rows += [row("prefill", FULL, OURS, 1.0), row("prefill", FULL, "PEFT X-LoRA", 7.9)]
+    for one in rows:
+        one.extra["best_peer"] = "mergoo"
+    lines = goals(rows).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[4:]] == [
+        "met",
+        "**missed**",
+        "**missed**",
+        "**missed**",
+    ]
+    assert "slower at 2 of 3 points; worst 1.11 × mergoo" in lines[-1]
+    assert goals([]) == ""
 
 
 @pytest.mark.slow  # half a minute: a process for every contestant's memory
