@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .errors import PeftMoeError
 from .routing import RoutingContext, current_inputs
@@ -29,11 +30,24 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+# What the cache is called: keys and values of attention, or states of recurrent layers.
+CACHES = ("past_key_values", "cache_params")
+
+
+def cache_of(call: Any) -> Any:
+    """The cache among a call's arguments, or in a model's output; None without one."""
+    return next((call[name] for name in CACHES if name in call and call[name] is not None), None)
+
+
 def past_length(call: dict[str, Any]) -> int:
-    """How many tokens the KV cache already holds; 0 without a cache."""
-    cache = call.get("past_key_values")
+    """How many tokens the cache holds; 0 without one, 1 for any past of recurrent layers alone."""
+    cache = cache_of(call)
     if cache is None or not hasattr(cache, "get_seq_length"):
         return 0
+    layers = getattr(cache, "layers", [])
+    recurrent = [layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    if recurrent and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return int(cache.has_previous_state())
     return int(cache.get_seq_length())
 
 

@@ -44,7 +44,9 @@ def per_token(values: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
     rows, columns, last = values.shape
     if rows == columns == 1:
         return values.view(1, last)
-    if columns == 1 and rows != tokens:
+    # Several images or windows of one text: whose they are is not known here.
+    same_rows = x.dim() < 3 or x.shape[0] in (rows, 1)
+    if columns == 1 and rows != tokens and same_rows:
         # One decision per sequence; the layer may see [B, T, I] or the same tokens flattened.
         values = values.expand(rows, tokens // rows, last)
     if values.shape[0] * values.shape[1] != tokens:

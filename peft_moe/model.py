@@ -64,19 +64,15 @@ class MoLoraModel(BaseTuner):
         tap, stack = _resolve_tap(config, model)
         depth = Depth(config, model)
         plan = plan_experts(config, model)
+        if tap is not None:
+            tap.refuse_towers(model, config)
         # Experts that were just read are real already; a loader fills all others.
         empty = low_cpu_mem_usage and not plan.files
         # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
         self.__dict__["_injection"] = (plan, tap, stack, depth)
         with init_empty_weights() if empty else real_weights():
             try:
-                super().inject_adapter(
-                    model,
-                    adapter_name,
-                    autocast_adapter_dtype,
-                    low_cpu_mem_usage=empty,
-                    state_dict=state_dict,
-                )
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, empty, state_dict)
             finally:
                 self.__dict__.pop("_injection", None)
                 plan.close()

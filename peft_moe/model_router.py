@@ -14,6 +14,7 @@ hidden states at its tap, the input of one decoder layer, in one of three ways:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from .call import named_arguments, past_length, read_call
+from .call import cache_of, named_arguments, past_length, read_call
 from .checkpointing import bind_checkpoints, refuse_reentrant
 from .decode_state import REMEMBERED, RouterState, attach_state, find_state
 from .errors import PeftMoeError
@@ -151,7 +152,7 @@ class ModelRouter(SharedRouter):
         if context.prompt is not None and (past_length(call) == 0 or not runs):
             return None  # the caller marks a prompt: a new turn, a new decision
         if past_length(call) > 0:
-            state = find_state(call["past_key_values"], adapter)
+            state = find_state(cache_of(call), adapter)
             if state is None or state.decisions is None:
                 raise PeftMoeError(
                     f"adapter {adapter!r} decides once per prompt, and this KV cache holds no decision of "
@@ -174,7 +175,7 @@ class ModelRouter(SharedRouter):
         # A decision per token needs the base's own keys below the tap in every decoding step.
         if not _fills_cache(model, call):
             return None
-        state = find_state(call.get("past_key_values"), adapter)
+        state = find_state(cache_of(call), adapter)
         if state is not None and state.probe_cache is not None:
             return state.probe_cache
         if past_length(call) > 0:
@@ -266,7 +267,7 @@ def _generates(model: nn.Module) -> bool:
 
 
 def _fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
-    if call.get("past_key_values") is not None:
+    if cache_of(call) is not None:
         return True
     # Left open, it is the base's default; in training nobody uses the cache that comes of it.
     by_default = getattr(model.config, "use_cache", False) and not model.training
@@ -274,8 +275,8 @@ def _fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
 
 
 def _returned_cache(output: Any, call: dict[str, Any]) -> Any:
-    cache = getattr(output, "past_key_values", None)
-    return cache if cache is not None else call.get("past_key_values")
+    cache = cache_of(output) if isinstance(output, Mapping) else None
+    return cache if cache is not None else cache_of(call)
 
 
 def model_decision(adapter: str, layer_name: str, *, below_tap: bool) -> Routing:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .call import past_length
+from .call import CACHES, past_length
 from .errors import PeftMoeError
 from .routing import RoutingContext, bound_to
 from .taps import Tap
@@ -20,7 +20,7 @@ from .taps import Tap
 # Arguments that belong to losses, caches and outputs, not to the base's hidden states.
 _NOT_FOR_THE_PROBE = {
     "labels",
-    "past_key_values",
+    *CACHES,
     "use_cache",
     "logits_to_keep",
     "num_items_in_batch",
@@ -63,7 +63,8 @@ def run_probe(
     if isinstance(call.get("past_key_values"), Cache) and call["past_key_values"].is_compileable:
         arguments = _without_static_cache(arguments, call, cache)
     if cache is not None:
-        arguments.update(past_key_values=cache, use_cache=True)
+        name = next((name for name in CACHES if name in accepted), CACHES[0])
+        arguments.update({name: cache, "use_cache": True})
     probing = RoutingContext(shape=context.shape, real=context.real, probing=True, probe_until=tap.layer)
     with torch.no_grad(), bound_to(probing):
         try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .errors import PeftMoeError, near_matches
+from .linear import linear_sizes
 
 
 @dataclass
@@ -18,15 +21,44 @@ class Tap:
         layer: that layer.
         index: its place in the stack; None for a layer outside of it.
         below: "probe", "base" or "prompt"; see ``MoLoraConfig.router_below_tap``.
+        text: prefix of the part that reads text, in a model of several towers.
+        head: name of the output embedding.
     """
 
     name: str
     layer: nn.Module
     index: int | None
     below: str
+    text: str = ""
+    head: str = ""
+
+    def refuse_towers(self, model: nn.Module, config: Any) -> None:
+        """What reads images may run before the text is there to decide from, as in ``generate``.
+
+        Args:
+            model: the base.
+            config: of the mixture, with its targets.
+
+        Raises:
+            PeftMoeError: experts outside of the part that reads text, and not left aside.
+        """
+        targets = config.target_modules
+        if not self.text or self.below == "base" or targets is None:
+            return
+        for name, module in model.named_modules():
+            if name.startswith(self.text) or name == self.head or linear_sizes(module) is None:
+                continue
+            if targets == "all-linear" or check_target_module_exists(config, name):
+                raise PeftMoeError(
+                    f"router_scope='model' decides from the text, and {name} lies outside of "
+                    f"{self.text[:-1]}; use router_scope='module', or leave the other towers unadapted with "
+                    "router_below_tap='base' or target_modules"
+                )
 
     def lies_above(self, stack_name: str, module_name: str) -> bool:
-        """Whether ``module_name`` runs at or behind the tap."""
+        """Whether ``module_name`` runs at or behind the tap; what reads images runs before it."""
+        if not module_name.startswith(self.text):
+            return module_name == self.head
         if self.index is None or not module_name.startswith(stack_name + "."):
             return True
         return int(module_name[len(stack_name) + 1 :].split(".", 1)[0]) >= self.index
@@ -35,13 +67,20 @@ class Tap:
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The base's main stack of layers: the longest ``ModuleList``, the outermost of equals.
 
+    Of a model that reads images or sound besides, only the part that reads text is looked at.
+
     Returns:
         Its name and itself.
 
     Raises:
         PeftMoeError: the base has none.
     """
-    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    start = _text_part(model)
+    stacks = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) and name.startswith(start)
+    ]
     if not stacks:
         raise PeftMoeError(
             f"router_scope='model' needs a base with a stack of layers; {type(model).__name__} has none. "
@@ -50,6 +89,16 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     # Expert lists of a sparse base may be longer than its stack, but lie inside of it.
     outermost = [s for s in stacks if not any(s[0].startswith(other[0] + ".") for other in stacks)]
     return max(outermost, key=lambda stack: len(stack[1]))
+
+
+def _text_part(model: nn.Module) -> str:
+    """Prefix of the modules that read text in a model of several towers; empty for all others."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return ""
+    base: Any = model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return next((f"{name}." for name, m in model.named_modules() if name and m is decoder), "")
 
 
 def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap, str]:
@@ -77,4 +126,9 @@ def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap
         raise PeftMoeError(
             f"router_tap={index} is outside of the base's {len(stack)} layers; use 0 to {len(stack) - 1}"
         )
-    return Tap(names[index], stack[index], index, below), stack_name
+    tap = Tap(names[index], stack[index], index, below)
+    tap.text = _text_part(model)
+    if tap.text:
+        head = cast(Any, model).get_output_embeddings()
+        tap.head = next((name for name, m in model.named_modules() if m is head), "")
+    return tap, stack_name

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from .bases import ARCHITECTURES, make_base
+from .bases import BASES, make_base
 
 # Large enough that an adapter moves the outputs far beyond every tolerance of these tests.
 STD = 0.08
@@ -44,7 +44,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 def lora_config(architecture: str, recipe: Recipe) -> LoraConfig:
     """The ``LoraConfig`` of a recipe."""
-    arch = ARCHITECTURES[architecture]
+    arch = BASES[architecture]
     names = {"all": arch.linears, "attention": list(arch.attention), "mlp": list(arch.mlp)}
     lora = dict(recipe.lora)
     if arch.kind == "seq2seq" and "layers_to_transform" in lora:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bases import ARCHITECTURES, PAD, VOCAB
+from .bases import BASES, IMAGE, IMAGE_TOKEN, PAD, VOCAB
 
 IGNORE = -100
 
@@ -31,8 +31,18 @@ def pad(rows: list[Tensor], side: str = "right", extra: int = 0) -> dict[str, Te
 
 def batch_for(architecture: str, rows: list[Tensor], side: str = "right", extra: int = 0) -> dict[str, Any]:
     """A call of ``architecture`` on these texts; positions count real tokens only."""
-    kind = ARCHITECTURES[architecture].kind
+    kind, reads = BASES[architecture].kind, BASES[architecture].reads
+    if reads == "pixels":
+        return {"pixel_values": images_for(rows)}
+    if reads == "both":
+        picture = torch.full((4,), IMAGE_TOKEN)
+        rows = [row.clamp_max(IMAGE_TOKEN - 1) for row in rows]
+        rows = [torch.cat([row[:2], picture, row[2:]]) for row in rows]
     batch: dict[str, Any] = pad(rows, side, extra)
+    if reads == "both":
+        batch["pixel_values"] = images_for(rows)
+    if not _takes_positions(architecture):
+        return batch
     if kind == "seq2seq":
         batch["decoder_input_ids"] = torch.stack([torch.arange(4, 9) + len(row) % 5 for row in rows])
     else:
@@ -40,9 +50,20 @@ def batch_for(architecture: str, rows: list[Tensor], side: str = "right", extra:
     return batch
 
 
+def images_for(rows: list[Tensor]) -> Tensor:
+    """An image for each row, drawn from its numbers: [B, 3, H, W]."""
+    seeds = [torch.Generator().manual_seed(int(row.sum())) for row in rows]
+    return torch.stack([torch.randn(3, IMAGE, IMAGE, generator=seed) for seed in seeds])
+
+
+def _takes_positions(architecture: str) -> bool:
+    # Mamba has none; RoBERTa counts from its padding id, by itself.
+    return architecture != "mamba" and not architecture.startswith("roberta")
+
+
 def labels_for(architecture: str, batch: dict[str, Any]) -> Tensor:
     """Something to learn from: next tokens behind a prompt of three, or a class per token."""
-    kind = ARCHITECTURES[architecture].kind
+    kind = BASES[architecture].kind
     if kind == "encoder":
         return (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, IGNORE)
     if kind == "seq2seq":
@@ -53,14 +74,15 @@ def labels_for(architecture: str, batch: dict[str, Any]) -> Tensor:
 
 
 def logits_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Logits without gradients."""
+    """Logits without gradients; of a model without a head its hidden states."""
     with torch.no_grad():
-        return model(**batch).logits
+        output = model(**batch)
+    return output.logits if "logits" in output else output.last_hidden_state
 
 
 def real_logits(architecture: str, model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
     """Logits at the real tokens of each row, one tensor per row."""
     logits = logits_of(model, batch)
-    if ARCHITECTURES[architecture].kind == "seq2seq":
-        return list(logits)  # the decoder's rows are of equal length
+    if BASES[architecture].kind in {"seq2seq", "classifier"}:
+        return list(logits)  # rows of equal length, or one answer each
     return [row[mask.bool()] for row, mask in zip(logits, batch["attention_mask"], strict=True)]

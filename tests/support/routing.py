@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_moe.routers import Router
 
-from .bases import ARCHITECTURES
+from .bases import ARCHITECTURES, BASES
 
 RUNNING = {"router_granularity": "running", "router_window": 2.0}
 # Every scope, granularity and place of the tap that the core offers.
@@ -57,7 +57,7 @@ _CORE = list(ROUTINGS)[:11]
 
 def routings_for(architecture: str) -> list[str]:
     """What is tested on this architecture; one decision cannot serve the two texts of a seq2seq."""
-    if ARCHITECTURES[architecture].kind == "seq2seq":
+    if BASES[architecture].kind == "seq2seq":
         return PER_MODULE
     if architecture == "llama":
         return list(ROUTINGS)

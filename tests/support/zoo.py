@@ -14,7 +14,7 @@ from torch import nn
 from peft_moe import MoLoraConfig
 
 from .adapters import RECIPES, Recipe, make_adapter
-from .bases import ARCHITECTURES, make_base
+from .bases import BASES, make_base
 from .routing import ROUTINGS, set_routers
 
 
@@ -65,9 +65,9 @@ class Zoo:
     ) -> PeftModel:
         """The three experts under one of the routings, with router weights set at random."""
         fields = {"experts": self.experts(architecture), **ROUTINGS[routing], **fields}
-        config = MoLoraConfig(task_type=ARCHITECTURES[architecture].task_type, **fields)
+        config = MoLoraConfig(task_type=BASES[architecture].task_type, **fields)
         model = get_peft_model(self.base(architecture) if base is None else base, config).eval()
-        set_routers(model, ARCHITECTURES[architecture].router_seed if seed is None else seed)
+        set_routers(model, BASES[architecture].router_seed if seed is None else seed)
         return model
 
 
@@ -76,9 +76,10 @@ def silence_below_tap(lora: nn.Module, mixture: PeftModel, architecture: str) ->
     config = mixture.peft_config["default"]
     if config.router_scope != "model" or config.router_below_tap != "base":
         return
-    pattern = re.compile(ARCHITECTURES[architecture].layer)
+    pattern = re.compile(BASES[architecture].layer)
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
             found = pattern.search(name)
-            if "lora_B" in name and found and int(found[1]) < config.router_tap:
+            tower = BASES[architecture].reads == "both" and "language_model" not in name
+            if "lora_B" in name and (tower or (found and int(found[1]) < config.router_tap)):
                 parameter.zero_()
