@@ -275,8 +275,7 @@ def _fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
 
 
 def _returned_cache(output: Any, call: dict[str, Any]) -> Any:
-    cache = cache_of(output) if isinstance(output, Mapping) else None
-    return cache if cache is not None else cache_of(call)
+    return cache_of({**call, **output} if isinstance(output, Mapping) else call)
 
 
 def model_decision(adapter: str, layer_name: str, *, below_tap: bool) -> Routing:
