@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import reprlib
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
@@ -80,6 +81,22 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         self.fill_from_preset()
         # Of the layer that keeps the fewest columns, where they differ.
         check_routing(self, self.router_settings(top_k=self.smallest_top_k), self.scorer)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's hook for the content of a file: a field that it would leave out with a warning may matter.
+
+        Raises:
+            PeftMoeError: a field that this version does not know is set.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        unknown = {name: value for name, value in kwargs.items() if name not in known and value}
+        if unknown:
+            raise PeftMoeError(
+                f"adapter_config.json has fields that this peft-moe does not know: {reprlib.repr(unknown)}; "
+                "they could change the result. Upgrade peft-moe, or remove them if you know that they do not"
+            )
+        return kwargs
 
     @property
     def num_experts(self) -> int:
