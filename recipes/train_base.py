@@ -30,8 +30,8 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
 
+from peft_moe.training import StrictTrlParser
 from peft_moe.training.data import load_text_dataset, text_kind
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # distinct, or the label of every end would be masked
@@ -104,7 +104,7 @@ def cut_blocks(texts: Dataset, tokenizer: PreTrainedTokenizerFast, size: int) ->
 
 
 if __name__ == "__main__":
-    parser = TrlParser((DataArguments, ArchitectureArguments, TrainingArguments))
+    parser = StrictTrlParser((DataArguments, ArchitectureArguments, TrainingArguments))
     data_args, shape, args = parser.parse_args_and_config()
     set_seed(args.seed)
     wall, cpu = time.time(), time.process_time()

@@ -26,11 +26,11 @@ from trl import (
     ModelConfig,
     SFTConfig,
     SFTTrainer,
-    TrlParser,
     get_peft_config,
     get_quantization_config,
 )
 
+from peft_moe.training import StrictTrlParser
 from peft_moe.training.data import load_text_dataset, text_kind
 
 
@@ -83,7 +83,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Dataset) -> None:
 
 
 if __name__ == "__main__":
-    data_args, args, model_args = TrlParser((DataArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    parser = StrictTrlParser((DataArguments, SFTConfig, ModelConfig))
+    data_args, args, model_args = parser.parse_args_and_config()
     wall, cpu = time.time(), time.process_time()
     train, heldout = load_data(data_args, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)

@@ -23,12 +23,12 @@ from dataclasses import dataclass, field, fields
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from peft_moe import MoLoraConfig
 from peft_moe.errors import near_matches
 from peft_moe.fitting import fit_router
-from peft_moe.training import MoLoraSFTTrainer, robustness
+from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser, robustness
 from peft_moe.training.data import KINDS, load_text_dataset, text_kind
 
 
@@ -84,7 +84,7 @@ def by_domain(metrics: dict[str, float], domains: list[str], part: str) -> dict[
 
 
 if __name__ == "__main__":
-    parser = TrlParser((RouterArguments, SFTConfig, ModelConfig))
+    parser = StrictTrlParser((RouterArguments, SFTConfig, ModelConfig))
     router_args, args, model_args = parser.parse_args_and_config()
     start = time.time()
     resume: str | None = args.resume_from_checkpoint

@@ -1,6 +1,7 @@
 """Training routers with TRL: the only part of the package that imports trl."""
 
+from .recipe_arguments import StrictTrlParser
 from .router_trainer import RouterTrainerMixin
 from .sft import MoLoraSFTTrainer
 
-__all__ = ["MoLoraSFTTrainer", "RouterTrainerMixin"]
+__all__ = ["MoLoraSFTTrainer", "RouterTrainerMixin", "StrictTrlParser"]

@@ -22,9 +22,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support.training import DOMAINS, samples, tokenizer
 from support.zoo import Zoo
-from trl import TrlParser
 
 import peft_moe  # noqa: F401  # registers the adapter's type
+from peft_moe.training import StrictTrlParser
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -218,9 +218,9 @@ def test_shipped_configs_begin_with_their_command_and_hold_known_keys(path: Path
     assert command, "the header holds no launch command"
     script = ROOT / "recipes" / command[1]
     recipe = runpy.run_path(str(script))
-    listed = re.search(r"TrlParser\(\s*\(([^)]+)\)", script.read_text())
+    listed = re.search(r"StrictTrlParser\(\s*\(([^)]+)\)", script.read_text())
     assert listed
-    parser = TrlParser([recipe[name.strip()] for name in listed[1].split(",") if name.strip()])
+    parser = StrictTrlParser([recipe[name.strip()] for name in listed[1].split(",") if name.strip()])
     parsed = parser.parse_args_and_config(["--config", str(path)])
     assert isinstance(yaml.safe_load(text)["learning_rate"], float)  # YAML reads 1e-4 as a text
     if command[1] == "train_router.py":
@@ -230,4 +230,7 @@ def test_shipped_configs_begin_with_their_command_and_hold_known_keys(path: Path
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(text + "\nlerning_rate: 1.0\n")
     with pytest.raises(ValueError, match="lerning_rate"):
+        parser.parse_args_and_config(["--config", str(wrong)])
+    wrong.write_text(text + "\nseed: 7\n")  # YAML readers keep the last of two, silently
+    with pytest.raises(ValueError, match="'seed' appears twice"):
         parser.parse_args_and_config(["--config", str(wrong)])

@@ -97,6 +97,18 @@ def test_settings_that_cannot_work(folder, change, message) -> None:
         read_settings(folder / "bakeoff.yaml", [change])
 
 
+@pytest.mark.parametrize(
+    ("line", "message"), [("seeds: [1]\nseeds: [2]", "'seeds' appears twice"), ("no: data", "'no'.*quote it")]
+)
+def test_yaml_that_readers_disagree_about(folder, line, message) -> None:
+    (folder / "bakeoff.yaml").write_text((folder / "bakeoff.yaml").read_text() + line + "\n")
+    with pytest.raises(PeftMoeError, match=message):
+        read_settings(folder / "bakeoff.yaml")
+    (folder / "methods.yaml").write_text(line + "\n")
+    with pytest.raises(PeftMoeError, match=message):
+        read_contestants(folder / "methods.yaml")
+
+
 def test_settings_that_lack_something() -> None:
     with pytest.raises(PeftMoeError, match="lack \\['base', 'experts', 'domains'\\]"):
         settings_from({})

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...config import MoLoraConfig
 from ...errors import PeftMoeError, near_matches
+from ...mixfile.strict_yaml import read_yaml
 from ...routers import PRESETS, available_scorers
 
 KINDS = ("mixture", "merge", "arrow", "xlora", "width")
@@ -72,17 +73,12 @@ def read_contestants(extra: Path | None = None) -> list[Contestant]:
     Raises:
         PeftMoeError: an entry that cannot be read.
     """
-    import yaml
-
     paths = [Path(__file__).with_name("contestants.yaml"), *([extra] if extra else [])]
     entries: dict[str, Any] = {}
     for path in paths:
         if not path.is_file():
             raise PeftMoeError(f"{path}: no such file; --methods-file takes a YAML file of methods")
-        read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(read, dict):
-            raise PeftMoeError(f"{path} holds a {type(read).__name__}, not methods by name")
-        entries |= read
+        entries |= read_yaml(path)
     found = [contestant(str(name), entry) for name, entry in entries.items() if entry is not None]
     stems = [one.file_stem for one in found]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import PeftMoeError, near_matches
+from ...mixfile.strict_yaml import read_yaml
 from .settings import Domain, ScorePlan, Settings, TextPlan, TrainPlan, WidthPlan
 
 Part = TypeVar("Part")
@@ -42,9 +43,7 @@ def read_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
     if path is not None:
         if not path.is_file():
             raise PeftMoeError(f"{path}: no such file; write the settings there, or use --set key=value")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(raw, dict):
-            raise PeftMoeError(f"{path} holds a {type(raw).__name__}, not keys and values")
+        raw = read_yaml(path)
         _anchor(raw, path.parent)
     for text in overrides:
         key, equals, value = text.partition("=")
