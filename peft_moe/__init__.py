@@ -5,6 +5,7 @@ Importing this package registers the method "MOLORA" with PEFT, after which ``ge
 """
 
 from .config import MoLoraConfig
+from .controls import use_experts, use_gates, use_temperature
 from .errors import PeftMoeError
 from .registration import register
 from .routers import Scorer, register_router
@@ -23,4 +24,7 @@ __all__ = [
     "record_routing",
     "register_router",
     "routing_inputs",
+    "use_experts",
+    "use_gates",
+    "use_temperature",
 ]

@@ -6,6 +6,7 @@ Letters: B batch, T sequence.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,32 @@ def past_length(call: dict[str, Any]) -> int:
     return int(cache.get_seq_length())
 
 
+def given_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and width of the ids in a user's call of the model or of ``generate``, None where it has none."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
+    given = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
+    return (given.shape[0], given.shape[1]) if given is not None and given.dim() >= 2 else None
+
+
+def generates(model: nn.Module) -> bool:
+    """Whether the model writes text."""
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
+    """Whether this call's keys and values are kept for a later one."""
+    if cache_of(call) is not None:
+        return True
+    # Left open, it is the base's default; in training nobody uses the cache that comes of it.
+    by_default = getattr(model.config, "use_cache", False) and not model.training
+    return bool(call.get("use_cache", by_default))
+
+
+def returned_cache(output: Any, call: dict[str, Any]) -> Any:
+    """The KV cache behind a call: that of its output, else the one it was given."""
+    return cache_of({**call, **output} if isinstance(output, Mapping) else call)
+
+
 def read_call(
     call: dict[str, Any], *, causal: bool, given: tuple[int, int] | None = None, count_turns: bool = True
 ) -> RoutingContext:
@@ -83,7 +110,7 @@ def read_call(
             raise PeftMoeError(
                 f"domains is {tuple(domains.shape)}, this call has {shape} tokens; give columns [B] or [B, T]"
             )
-        context.domains = _per_row(domains, shape[0], "domains", given)
+        context.domains = per_row(domains, shape[0], "domains", given)
     if inputs is not None and inputs.gates is not None:
         gates = torch.as_tensor(inputs.gates, dtype=torch.float32, device=tokens.device)
         if gates.dim() != 2 and not (gates.dim() == 3 and gates.shape[1] == shape[1]):
@@ -91,7 +118,7 @@ def read_call(
                 f"gates is {tuple(gates.shape)}, this call has {shape} tokens; give weights [B, E], [1, E] "
                 "or [B, T, E]"
             )
-        gates = _per_row(gates, shape[0], "gates", given)
+        gates = per_row(gates, shape[0], "gates", given)
         context.gates = gates if gates.dim() == 3 else gates[:, None]
     if inputs is not None and inputs.prompt_mask is not None:
         if not (past > 0 and inputs.prompt_used):
@@ -106,7 +133,7 @@ def read_call(
     return context
 
 
-def _per_row(values: Tensor, rows: int, name: str, given: tuple[int, int] | None) -> Tensor:
+def per_row(values: Tensor, rows: int, name: str, given: tuple[int, int] | None) -> Tensor:
     """One entry per row of the call; in a generation, beams and repeated prompts follow their own."""
     if len(values) == rows or (len(values) == 1 and values.dim() > 1):
         return values

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PeftMoeError
+from .limits import refuse_merged, refuse_passing, refuse_unheard
 from .linear import as_linear, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
 from .model_router import model_decision
@@ -114,6 +115,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         context = current_context()
+        if self.merged and not self.disable_adapters:
+            refuse_merged(self.name, context)
         if self.disable_adapters or self.merged or (context is not None and context.probing):
             return result
         for adapter in self.adapters_now():
@@ -147,6 +150,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def _decide(self, adapter: str, x: Tensor) -> Routing:
         context = current_context()
+        if context is None:
+            refuse_unheard(self.name)
         if context is not None and context.gates is not None:
             return self._given(adapter, context.gates)
         scope = self.scopes[adapter]
@@ -193,6 +198,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         Raises:
             PeftMoeError: the gates depend on the input, so that there is nothing to merge.
         """
+        refuse_passing(adapter)
         shared = self.constant_routers.get(adapter)
         router = self.molora_router[adapter] if adapter in self.molora_router else shared  # noqa: SIM401  # ModuleDict has no get
         if router is None or router.reads_input:

@@ -14,7 +14,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from .base_precision import note_precision
+from .call import given_shape
 from .config import MoLoraConfig
+from .controlled import Controlled
 from .depth import Depth
 from .empty_weights import real_weights
 from .errors import PeftMoeError
@@ -29,7 +31,7 @@ from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRo
 from .taps import Tap, find_tap
 
 
-class MoLoraModel(BaseTuner):
+class MoLoraModel(Controlled, BaseTuner):
     """A base model with gated mixtures of LoRA experts in its linear layers.
 
     Made by ``peft.get_peft_model(model, MoLoraConfig(…))``; see :class:`MoLoraConfig`.
@@ -135,6 +137,7 @@ class MoLoraModel(BaseTuner):
         if seat is None:
             seat = ModelRouter(model)
             setattr(model, MODEL_SEAT, seat)
+        seat.mixtures[adapter] = config
         others = ("expert_orthogonality_coef", "distillation_coef", "router_bias_update_rate")
         wanted = [*active_losses(config), *(name for name in others if getattr(config, name))]
         if wanted:
@@ -185,7 +188,7 @@ class MoLoraModel(BaseTuner):
         # all of it, also where no KV cache carries it along.
         seat: ModelRouter = getattr(self.model, MODEL_SEAT)
         outer = seat.pinned, seat.given
-        seat.pinned, seat.given = {}, _given_shape(args, kwargs)
+        seat.pinned, seat.given = {}, given_shape(args, kwargs)
         try:
             with (
                 nullcontext() if names is None else mixed_batch(self.model, names, (*args, *kwargs.values()))
@@ -239,12 +242,6 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
             f"adapter_name={adapter!r} is part of the base's module names or no plain name, so that PEFT "
             "could not save it; choose another of letters, digits, '_' and '-'"
         )
-
-
-def _given_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
-    given = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
-    return (given.shape[0], given.shape[1]) if given is not None and given.dim() >= 2 else None
 
 
 def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:

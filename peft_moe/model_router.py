@@ -14,7 +14,6 @@ hidden states at its tap, the input of one decoder layer, in one of three ways:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from .call import cache_of, named_arguments, past_length, read_call
+from .call import cache_of, fills_cache, generates, named_arguments, past_length, read_call, returned_cache
 from .checkpointing import bind_checkpoints, refuse_reentrant
+from .config import MoLoraConfig
 from .decode_state import REMEMBERED, RouterState, attach_state, find_state
 from .errors import PeftMoeError
+from .limits import apply_controls
 from .probe import TapReached, run_probe
 from .routers import Router
 from .routing import (
@@ -53,6 +54,8 @@ class ModelRouter(SharedRouter):
         self.per_prompt: set[str] = set()
         # Those of them whose decision then follows the text.
         self.running: set[str] = set()
+        # Adapter to its config, which names its experts.
+        self.mixtures: dict[str, MoLoraConfig] = {}
         # Adapter to the auxiliary loss that its config asks for, until its user was warned.
         self.loss_fields: dict[str, str] = {}
         self.handles = [
@@ -82,6 +85,7 @@ class ModelRouter(SharedRouter):
         self.per_prompt.discard(adapter_name)
         self.running.discard(adapter_name)
         self.loss_fields.pop(adapter_name, None)
+        self.mixtures.pop(adapter_name, None)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = current_context()
@@ -90,7 +94,10 @@ class ModelRouter(SharedRouter):
         call = named_arguments(model, args, kwargs)
         # A traced call cannot branch on numbers; routers that decide by the token have no use for turns.
         turns = bool(self.per_prompt) or not torch.compiler.is_compiling()
-        context = read_call(call, causal=_generates(model), given=self.given, count_turns=turns)
+        context = read_call(call, causal=generates(model), given=self.given, count_turns=turns)
+        if not self.disable_adapters:
+            mixtures = {a: self.mixtures[a] for a in self.adapters_now() if a in self.mixtures}
+            apply_controls(context, mixtures, self.given)
         enter_context(context)
         bind_checkpoints(model)
         if self.loss_fields and model.training and torch.is_grad_enabled() and not is_recording():
@@ -139,7 +146,7 @@ class ModelRouter(SharedRouter):
         lasting = adapter in self.per_prompt
         routing = context.decide(adapter, MODEL_SEAT, probe) if lasting else probe()
         if tap.below == "prompt":
-            context.shared[below(adapter)] = routing
+            context.shared[below(adapter)] = router.limited(routing, context.limits.get(adapter), context)
         else:
             self._settle(adapter, routing, context)
 
@@ -173,7 +180,7 @@ class ModelRouter(SharedRouter):
         self, model: nn.Module, adapter: str, call: dict[str, Any], context: RoutingContext
     ) -> DynamicCache | None:
         # A decision per token needs the base's own keys below the tap in every decoding step.
-        if not _fills_cache(model, call):
+        if not fills_cache(model, call):
             return None
         state = find_state(cache_of(call), adapter)
         if state is not None and state.probe_cache is not None:
@@ -216,6 +223,8 @@ class ModelRouter(SharedRouter):
         return routing
 
     def _settle(self, adapter: str, routing: Routing, context: RoutingContext) -> None:
+        # What is kept is the router's own decision: later steps may allow something else.
+        routing = self.molora_router[adapter].limited(routing, context.limits.get(adapter), context)
         context.shared[adapter] = routing
         report(f"{MODEL_SEAT}.{adapter}", routing)
 
@@ -226,7 +235,7 @@ class ModelRouter(SharedRouter):
         leave_context()
         if output is None:
             return  # the call failed
-        cache = _returned_cache(output, named_arguments(model, args, kwargs))
+        cache = returned_cache(output, named_arguments(model, args, kwargs))
         for adapter in {*context.decided, *context.probe_caches}:
             self._keep(adapter, cache, context)
 
@@ -260,22 +269,6 @@ def _no_hidden(router: Router, context: RoutingContext) -> Tensor:
     known = (context.input_ids, context.real, context.domains)
     device = next((t.device for t in known if t is not None), torch.device("cpu"))
     return torch.zeros(1, 1, router.in_features, device=device)
-
-
-def _generates(model: nn.Module) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())
-
-
-def _fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
-    if cache_of(call) is not None:
-        return True
-    # Left open, it is the base's default; in training nobody uses the cache that comes of it.
-    by_default = getattr(model.config, "use_cache", False) and not model.training
-    return bool(call.get("use_cache", by_default))
-
-
-def _returned_cache(output: Any, call: dict[str, Any]) -> Any:
-    return cache_of({**call, **output} if isinstance(output, Mapping) else call)
 
 
 def model_decision(adapter: str, layer_name: str, *, below_tap: bool) -> Routing:

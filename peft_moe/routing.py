@@ -6,13 +6,13 @@ Shape legend, used as suffixes of local tensors in every maths file of this pack
     I in features    O out features    R total rank = Σ r_e
     E experts    X experts plus the null expert, where there is one (else X = E)    K top-k
 
-Nothing here imports another part of the package, and modules keep no state between calls: what a
+Nothing here imports a higher part of the package, and modules keep no state between calls: what a
 forward pass needs to know lives in one :class:`RoutingContext`, found through a :class:`Slot`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .controls import Limits
 from .slots import Slot
 
 
@@ -75,6 +76,7 @@ class RoutingContext:
         domains: column of the right expert (-1 unknown) per sequence, long [B], or per token, [B, T];
             from the caller.
         gates: the caller's own gates [B|1, T|1, E], which every layer uses instead of asking a router.
+        limits: what the caller allows the routers, by adapter; see :mod:`peft_moe.controls`.
         shared: decisions of scope "model", by adapter; and by :func:`below` for the layers below a tap.
         kept: decisions per prompt that this call continues, by adapter and router.
         decided: decisions per prompt that this call took, by adapter and router.
@@ -93,6 +95,7 @@ class RoutingContext:
     input_ids: Tensor | None = None
     domains: Tensor | None = None
     gates: Tensor | None = None
+    limits: dict[str, Limits] = field(default_factory=dict)
     shared: dict[str, Routing] = field(default_factory=dict)
     kept: dict[str, dict[str, Routing]] = field(default_factory=dict)
     decided: dict[str, dict[str, Routing]] = field(default_factory=dict)
@@ -130,6 +133,7 @@ class RoutingInputs:
     prompt_mask: Tensor | None = None
     domains: Tensor | None = None
     gates: Tensor | None = None
+    experts: Sequence[str | None] | None = None
     prompt_used: bool = False
 
 
@@ -199,7 +203,11 @@ def current_inputs() -> RoutingInputs | None:
 
 @contextmanager
 def routing_inputs(
-    *, prompt_mask: Tensor | None = None, domains: Tensor | None = None, gates: Tensor | None = None
+    *,
+    prompt_mask: Tensor | None = None,
+    domains: Tensor | None = None,
+    gates: Tensor | None = None,
+    experts: Sequence[str | None] | None = None,
 ) -> Iterator[RoutingInputs]:
     """Tell the routers what the model's arguments do not say.
 
@@ -212,8 +220,10 @@ def routing_inputs(
             unknown.
         gates: weights of all experts for each sequence, [B, E] or [1, E], or for each token, [B, T, E]:
             every layer uses them, and no router is asked. A row per beam is made where there are several.
+        experts: an expert's name for each sequence, which alone is on; None leaves the row to the router,
+            "base" uses no expert. ``gates`` go before.
     """
-    inputs = RoutingInputs(prompt_mask=prompt_mask, domains=domains, gates=gates)
+    inputs = RoutingInputs(prompt_mask=prompt_mask, domains=domains, gates=gates, experts=experts)
     token = _inputs.set(inputs)
     try:
         yield inputs

@@ -199,6 +199,9 @@ def take_decision(router: Router, adapter: str, name: str, x: Tensor) -> Routing
         routing = context.decide(adapter, name, lambda before: router(x, context, before=before))
     else:
         routing = router(x, context)
+    # What is kept is the router's own decision: later steps may allow something else.
+    if context is not None and adapter in context.limits:
+        routing = router.limited(routing, context.limits[adapter], context)
     report(name, routing)
     return routing
 

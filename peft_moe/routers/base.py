@@ -6,16 +6,19 @@ Letters: B batch, T sequence, S turns, I in, X experts plus the null expert.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..controls import NO_EXPERT, ROUTER, Limits
+from ..errors import PeftMoeError
 from ..routing import Routing, RoutingContext
 from .pooling import pool_prompts, spread_turns
 from .registry import scorer_class
 from .running import running_features
-from .selectors import select
+from .selectors import choose, constant, select
 from .settings import RouterSettings
 
 
@@ -89,6 +92,74 @@ class Router(nn.Module):
             if self.runs and not pool:
                 routing.running = features_BTI.detach()
             return spread_turns(routing, context) if pool and context is not None else routing
+
+    def limited(self, routing: Routing, limits: Limits | None, context: RoutingContext | None) -> Routing:
+        """A decision of this router within what the caller allows, from the scores that it holds.
+
+        Args:
+            routing: as :meth:`forward` gave it, maybe in an earlier step.
+            limits: of the running pass; None leaves it as it is.
+            context: of the running pass.
+
+        Raises:
+            PeftMoeError: rows were named, and this router saw something else than whole sequences.
+        """
+        if limits is None or routing.logits is None:
+            return routing
+        settings, closed, hidden = self.settings, [], []
+        if limits.experts is not None:
+            closed = [c for c, expert in enumerate(settings.routed) if expert not in limits.experts]
+            hidden = [expert for expert in settings.shared if expert not in limits.experts]
+            if settings.null_expert and not limits.null:
+                closed.append(settings.num_columns - 1)
+        sharpness = 1.0 if limits.temperature is None else settings.temperature / limits.temperature
+        if closed or sharpness != 1:
+            real_BT = context.real if context is not None else None
+            how = {"closed": tuple(closed), "sharpness": sharpness}
+            chosen = choose(routing.logits, settings, bias_X=self.balance_bias, real_BT=real_BT, **how)  # type: ignore[arg-type]
+            routing = replace(chosen, running=routing.running)
+        if hidden:
+            hidden_E = constant(tuple(hidden), routing.gates.device)
+            ids, weights = routing.expert_ids, routing.expert_weights
+            if ids is not None and weights is not None:
+                weights = weights.masked_fill(torch.isin(ids, hidden_E), 0.0)
+            gates = routing.gates.index_fill(-1, hidden_E, 0.0)
+            routing = replace(routing, gates=gates, expert_weights=weights)
+        if limits.rows is not None:
+            routing = self._named_rows(routing, limits.rows, context)
+        return routing
+
+    def _named_rows(self, routing: Routing, rows_B: Tensor, context: RoutingContext | None) -> Routing:
+        """Rows whose expert the caller names get that one alone; the others stay."""
+        gates = routing.gates
+        rows_B = rows_B.to(gates.device)
+        if gates.shape[0] not in (1, len(rows_B)) or (
+            gates.shape[0] == 1 and gates.shape[1] > 1 < len(rows_B)
+        ):
+            shape = context.shape if context is not None else None
+            if shape is None or gates.shape[0] * gates.shape[1] != shape[0] * shape[1]:
+                raise PeftMoeError(
+                    f"experts names one expert for each of {len(rows_B)} sequences, and this router decided "
+                    f"for {tuple(gates.shape[:2])} tokens; use router_scope='model', or leave the layer out "
+                    "of target_modules"
+                )
+            rows_B = rows_B.repeat_interleave(gates.shape[1] // len(rows_B))
+            known_BT1 = (rows_B != ROUTER)[None, :, None]
+            rows_BT = rows_B[None]
+        else:
+            known_BT1, rows_BT = (rows_B != ROUTER)[:, None, None], rows_B[:, None]
+        experts_E = torch.arange(self.settings.num_experts, device=gates.device)
+        own_BTE = rows_BT[..., None] == experts_E
+        gates = torch.where(known_BT1, own_BTE.to(gates.dtype), gates)
+        selected = routing.selected
+        if selected is not None:
+            routed_X = constant(self.settings.routed, gates.device)
+            chosen_BTX = rows_BT[..., None] == routed_X
+            if self.settings.null_expert:
+                chosen_BTX = torch.cat([chosen_BTX, (rows_BT == NO_EXPERT)[..., None]], dim=-1)
+            selected = torch.where(known_BT1, chosen_BTX, selected)
+        # Named rows keep one expert, whatever k is: no sparse form.
+        return replace(routing, gates=gates, selected=selected, expert_ids=None, expert_weights=None)
 
     def features(
         self,

@@ -56,12 +56,42 @@ def select(
     absent = settings.missing_columns
     if absent:
         logits_BTX = logits_BTX.index_fill(-1, constant(absent, logits_BTX.device), _ABSENT)
-    dense_BTX = SCORING_FUNCS[settings.scoring_func](logits_BTX)
-    if absent and settings.scoring_func == "none":
-        dense_BTX = dense_BTX.index_fill(-1, constant(absent, dense_BTX.device), 0.0)
+    return choose(logits_BTX, settings, bias_X=bias_X, real_BT=real_BT)
+
+
+def choose(
+    logits_BTX: Tensor,
+    settings: RouterSettings,
+    *,
+    bias_X: Tensor | None = None,
+    real_BT: Tensor | None = None,
+    closed: tuple[int, ...] = (),
+    sharpness: float = 1.0,
+) -> Routing:
+    """Decide by scores that are divided by the temperature already: those of a :class:`Routing`.
+
+    Args:
+        logits_BTX: those scores; the decision keeps them as they are.
+        settings, bias_X, real_BT: as in :func:`select`.
+        closed: columns that get no mass; the selection and the normalisation run over the others.
+        sharpness: what the scores are multiplied by.
+    """
+    shut = tuple(sorted({*settings.missing_columns, *closed}))
+    shut_X = constant(shut, logits_BTX.device)
+    nobody = len(shut) == settings.num_columns
+    scores_BTX = logits_BTX if sharpness == 1 else logits_BTX * sharpness
+    if shut and (closed or sharpness != 1):
+        # Below the scores of everything else, also of experts that a label rules out.
+        scores_BTX = scores_BTX.index_fill(-1, shut_X, _ABSENT if nobody else -math.inf)
+    dense_BTX = SCORING_FUNCS[settings.scoring_func](scores_BTX)
+    if shut and (nobody or settings.scoring_func == "none"):
+        dense_BTX = dense_BTX.index_fill(-1, shut_X, 0.0)
     weights_BTX, selected_BTX, ids_BTK = dense_BTX, None, None
     if settings.is_sparse:
-        selected_BTX, ids_BTK = _selected(logits_BTX, dense_BTX, settings, bias_X, real_BT)
+        bias_X = bias_X if bias_X is None or not closed else bias_X.index_fill(-1, shut_X, -math.inf)
+        selected_BTX, ids_BTK = _selected(scores_BTX, dense_BTX, settings, bias_X, real_BT)
+        if closed:
+            selected_BTX = selected_BTX.index_fill(-1, shut_X, False)
         weights_BTX = torch.where(selected_BTX, dense_BTX, torch.zeros_like(dense_BTX))
     if settings.norm_topk_prob:
         weights_BTX = _normalised(weights_BTX)

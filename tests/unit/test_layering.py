@@ -14,7 +14,7 @@ PACKAGE = REPO / "peft_moe"
 
 # A file imports from its own floor or a lower one. A folder stands for its files unless one is named.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "slots", "routing", "new_folder"),
+    0: ("errors", "slots", "controls", "routing", "new_folder"),
     1: ("ops", "routers", "losses", "metrics"),
     2: (
         "experts.spec",
@@ -28,6 +28,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     3: (
         "call",
+        "limits",
+        "controlled",
         "four_bit",
         "base_precision",
         "empty_weights",

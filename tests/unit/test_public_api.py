@@ -16,6 +16,9 @@ PUBLIC = [
     "record_routing",
     "register_router",
     "routing_inputs",
+    "use_experts",
+    "use_gates",
+    "use_temperature",
 ]
 
 
