@@ -205,7 +205,7 @@ def test_refusals(
 
 
 def test_all_shipped_configs_are_found() -> None:
-    names = ["demo_router", "text_base", "text_expert", "text_router"]
+    names = ["demo_router", "text_base", "text_expert", "text_router", "text_router_4bit"]
     assert [path.stem for path in CONFIGS] == names
 
 
