@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +19,7 @@ from .linear import as_linear, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
 from .model_router import model_decision
 from .ops import RankMap, folded_delta, mix
+from .requantise import read_weight, write_weight
 from .routers import Router
 from .routing import Routing, current_context
 from .sharing import MixtureLayer, block_decision, take_decision
@@ -233,37 +233,23 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.molora_A:
                 continue
-            weight = self._base_weight()
+            weight = read_weight(self)
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise PeftMoeError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: in "
                     f"{self.name} it gives NaN or infinity; check its experts and its router"
                 )
-            self._set_base_weight(merged)
+            write_weight(self, merged, before=weight)
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Subtract what was merged; exact up to rounding, as in PEFT."""
+        """Subtract what was merged; exact up to rounding, as in PEFT, which on a quantised base is coarse."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.molora_A:
-                weight = self._base_weight()
-                self._set_base_weight(weight - self.get_delta_weight(adapter).to(weight.dtype))
-
-    def _base_weight(self) -> Tensor:
-        base_layer = self.get_base_layer()
-        backend = resolve_quantization_backend(base_layer)
-        weight: Tensor = base_layer.weight.data if backend is None else backend.get_base_weight(base_layer)
-        return weight
-
-    def _set_base_weight(self, weight: Tensor) -> None:
-        base_layer = self.get_base_layer()
-        backend = resolve_quantization_backend(base_layer)
-        if backend is None:
-            base_layer.weight.data = weight
-        else:
-            backend.set_base_weight(self, weight)
+                weight = read_weight(self)
+                write_weight(self, weight - self.get_delta_weight(adapter).to(weight.dtype))
 
     def expert_factors(self, adapter: str, expert: int) -> tuple[Tensor, Tensor] | None:
         """A [r, I] and B [O, r] of one expert as they were read, bit for bit; None if it is not here."""

@@ -26,6 +26,7 @@ from .layer import MoLoraLayer
 from .losses import active_losses
 from .mixed_batch import mixed_batch
 from .model_router import ModelRouter
+from .requantise import requantised
 from .routers import Router
 from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter, share_constant
 from .taps import Tap, find_tap
@@ -199,8 +200,8 @@ class MoLoraModel(Controlled, BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
-        self._refuse_input_dependent(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with requantised(self._constant_layers(adapter_names), self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -209,9 +210,9 @@ class MoLoraModel(Controlled, BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            self._refuse_input_dependent(adapter_names)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        layers = self._constant_layers(adapter_names) if merge else []
+        with requantised(layers, self.model):
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
             for seat in (MODEL_SEAT, BLOCK_SEAT):
                 if isinstance(getattr(module, seat, None), SharedRouter):
@@ -219,13 +220,16 @@ class MoLoraModel(Controlled, BaseTuner):
                     delattr(module, seat)
         return model
 
-    def _refuse_input_dependent(self, adapter_names: list[str] | None) -> None:
+    def _constant_layers(self, adapter_names: list[str] | None) -> list[MoLoraLayer]:
+        """Layers of these adapters, refused where the gates of one depend on the input."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        for module in self.model.modules():
-            if isinstance(module, MoLoraLayer):
-                for adapter in names:
-                    if adapter in module.molora_A:
-                        module.constant_gates(adapter)
+        layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
+        found = [layer for layer in layers if any(name in layer.molora_A for name in names)]
+        for layer in found:
+            for name in names:
+                if name in layer.molora_A:
+                    layer.constant_gates(name)
+        return found
 
 
 def _check_adapter_name(adapter: str, model: nn.Module) -> None:

@@ -39,6 +39,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "decode_state",
         "checkpointing",
         "linear",
+        "requantise",
         "mixed_batch",
         "sharing",
         "model_router",
