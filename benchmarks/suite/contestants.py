@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig
+from peft_moe.errors import PeftMoeError
 from peft_moe.ops import FORMS
 from peft_moe.routing import record_routing
 
@@ -74,7 +75,8 @@ def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Con
         target_modules=experts.targets,
         train_experts=False,
         init_weights=False,
-        **{"router": "linear", "top_k": case.top_k, **fields},
+        # A single gate divided by itself is 1 and teaches nothing: top-1 keeps its share, as in Switch.
+        **{"router": "linear", "top_k": case.top_k, "norm_topk_prob": case.top_k != 1, **fields},
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     for name, layer in adapted(model):
@@ -150,6 +152,10 @@ def build(
             found[name] = make(copy.deepcopy(base))
         except UnavailableError as reason:
             missing[name] = str(reason)
+        except PeftMoeError as reason:
+            if "backend" not in own(case).get(name, {}):
+                raise
+            missing[name] = str(reason)  # this form serves no such mixture
     return found, missing, experts
 
 

@@ -35,7 +35,7 @@ def measure(peaks: Peaks, quick: bool, say: Callable[[str], None]) -> Iterator[R
         yield from _case(case, None, ["prefill", "decode", "training"], peaks, say, budget=0.2, fewest=3)
         return
     levels = ["prefill", "decode", "training"]
-    yield from _case(FULL, None, levels, peaks, say, budget=40, fewest=5)
+    yield from _case(FULL, None, levels, peaks, say, budget=30, fewest=5)
     few = ["base", "LoRA k·r", "LoRA E·r", "ours", "ours, router per block", *OWN_FORMS]
     yield from _case(GOAL, few, levels, peaks, say, budget=15, fewest=7)
     for count in GROWTH:
