@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.bases import BASES
 from support.measure_rss import load, mix
 from support.zoo import Zoo
 from torch import nn
@@ -214,6 +215,21 @@ def test_settings_bite() -> None:
         for device in ("cuda", "cpu")
     }
     assert totals["full", "cuda"] > totals["fused", "cpu"] > totals["fused", "cuda"]
+
+
+@pytest.mark.parametrize("name", [n for n, a in BASES.items() if a.kind == "causal" and a.reads == "text"])
+@pytest.mark.parametrize("router", ["auto", "mixtral"])
+def test_every_causal_base_can_be_planned_for(name: str, router: str) -> None:
+    fields = {"experts": 4, "r": 8, "router": router, "target_modules": BASES[name].linears}
+    totals = [
+        plan_memory(
+            BASES[name].config(),
+            MoLoraConfig(task_type="CAUSAL_LM", **fields),
+            Training(sequence=length, device="cuda"),
+        ).total
+        for length in (16, 32)
+    ]
+    assert totals[1] > totals[0] > 0
 
 
 @pytest.mark.parametrize(
