@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import reprlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -15,6 +14,8 @@ from .experts.spec import ExpertSpec, source_name
 from .field_checks import check_fields
 from .routing_fields import RoutingFields
 
+# A field that changes what a saved mixture computes raises this number, and older versions then refuse the
+# file; of any other field that they do not know they only warn, which is PEFT's contract.
 FORMAT_VERSION = 1
 
 
@@ -81,22 +82,6 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         self.fill_from_preset()
         # Of the layer that keeps the fewest columns, where they differ.
         check_routing(self, self.router_settings(top_k=self.smallest_top_k), self.scorer)
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's hook for the content of a file: a field that it would leave out with a warning may matter.
-
-        Raises:
-            PeftMoeError: a field that this version does not know is set.
-        """
-        known = {f.name for f in fields(cls) if f.init}
-        unknown = {name: value for name, value in kwargs.items() if name not in known and value}
-        if unknown:
-            raise PeftMoeError(
-                f"adapter_config.json has fields that this peft-moe does not know: {reprlib.repr(unknown)}; "
-                "they could change the result. Upgrade peft-moe, or remove them if you know that they do not"
-            )
-        return kwargs
 
     @property
     def num_experts(self) -> int:

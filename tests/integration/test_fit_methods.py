@@ -16,6 +16,7 @@ from support.routing import routers
 from support.training import make_trainer, router_values, samples, tokenizer
 from support.zoo import Zoo
 from torch import Tensor, nn
+from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_moe import MoLoraConfig, PeftMoeError, routing_inputs
@@ -264,7 +265,7 @@ def test_streaming_keeps_no_features(zoo: Zoo) -> None:
                 live = {
                     t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                     for t in gc.get_objects()
-                    if isinstance(t, Tensor) and t.device.type == "cpu"
+                    if type(t) in (Tensor, Parameter) and t.device.type == "cpu"
                 }
                 sizes.append(sum(live.values()))
 
