@@ -31,7 +31,12 @@ ROUNDED = {"atol": 0.15, "rtol": 0.0}
 MOVED = 0.3
 
 
-@pytest.fixture(params=QUANTISERS)
+# Two of the four 4-bit kinds differ from the others in one setting each: enough for the long run.
+LATER = ("fp4", "nf4, double")
+KINDS = [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in QUANTISERS]
+
+
+@pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

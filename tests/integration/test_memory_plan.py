@@ -218,7 +218,7 @@ def test_settings_bite() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, a in BASES.items() if a.kind == "causal" and a.reads == "text"])
-@pytest.mark.parametrize("router", ["auto", "mixtral"])
+@pytest.mark.parametrize("router", ["auto", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_every_causal_base_can_be_planned_for(name: str, router: str) -> None:
     fields = {"experts": 4, "r": 8, "router": router, "target_modules": BASES[name].linears}
     totals = [

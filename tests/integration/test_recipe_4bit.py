@@ -76,7 +76,7 @@ def test_the_plan_in_its_head_is_the_plan_of_its_settings() -> None:
         assert in_comment(rf"([\d,]+) {words}") == pytest.approx(activations / 2**20, rel=NEAR)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_it_runs_on_a_tiny_base(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Three steps through the recipe; then the saved router on a base of the same bits generates."""
     pytest.importorskip("bitsandbytes")
