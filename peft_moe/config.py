@@ -40,6 +40,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         allow_base_mismatch: accept adapters that name another base model.
         base_precision: how the base's weights were kept when the mixture was made ("full",
             "bitsandbytes nf4"); written at injection, compared at loading.
+        verify_experts: compare frozen experts with the digests in the config whenever they are loaded.
         format_version: of the saved layout.
 
     Raises:
@@ -61,6 +62,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
     train_experts: bool | None = None
     allow_base_mismatch: bool = False
     base_precision: str | None = None
+    verify_experts: bool = True
     format_version: int = FORMAT_VERSION
     # PEFT's name matching asks for this attribute; targeting bare parameters is not offered.
     target_parameters: None = field(default=None, init=False, repr=False)
@@ -83,6 +85,23 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         # Of the layer that keeps the fewest columns, where they differ.
         check_routing(self, self.router_settings(top_k=self.smallest_top_k), self.scorer)
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's reading of a config's file, with the file named where it cannot be read.
+
+        Raises:
+            PeftMoeError: the file is no JSON object.
+        """
+        try:
+            values: Any = super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PeftMoeError(
+                f"{path_json_file} cannot be read as JSON: {error}; copy the folder again"
+            ) from error
+        if not isinstance(values, dict):
+            raise PeftMoeError(f"{path_json_file} holds no JSON object; copy the folder again")
+        return values
+
     @property
     def num_experts(self) -> int:
         """E."""
@@ -102,7 +121,8 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         """True once the experts are described by records: in injected, saved and loaded configs."""
         return isinstance(self.experts, list) and all(isinstance(entry, dict) for entry in self.experts)
 
-    def _records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
+        """Of embedded experts, as they are saved; may be changed in place."""
         entries = self.experts if isinstance(self.experts, list) else []
         return [entry for entry in entries if isinstance(entry, dict)]
 
@@ -127,7 +147,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
             ]
         if not self.experts_embedded:
             raise PeftMoeError("the experts have not been read yet; inject the config into a model first")
-        return [ExpertSpec.from_record(record) for record in self._records()]
+        return [ExpertSpec.from_record(record) for record in self.records()]
 
     @property
     def experts_train(self) -> bool:
@@ -135,7 +155,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         if self.train_experts is not None:
             return self.train_experts
         return isinstance(self.experts, int) or (
-            self.experts_embedded and all(not record.get("source") for record in self._records())
+            self.experts_embedded and all(not record.get("source") for record in self.records())
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -214,6 +214,7 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "straight_through": (_TRUTH, _optional(_is_bool)),
     "null_expert": (_TRUTH, _optional(_is_bool)),
     "allow_base_mismatch": (_TRUTH, _is_bool),
+    "verify_experts": (_TRUTH, _is_bool),
     "base_precision": ("text such as 'full' or 'bitsandbytes nf4'; injection fills it", _optional(_is_word)),
     **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _is_not_negative)),
     # Presets may fill these.

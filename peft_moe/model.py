@@ -22,6 +22,7 @@ from .empty_weights import real_weights
 from .errors import PeftMoeError
 from .experts.plan import plan_experts
 from .four_bit import keep_unpacked
+from .integrity import check_load, note_experts
 from .layer import MoLoraLayer
 from .losses import active_losses
 from .mixed_batch import mixed_batch
@@ -80,6 +81,7 @@ class MoLoraModel(Controlled, BaseTuner):
                 self.__dict__.pop("_injection", None)
                 plan.close()
             self._seat_routers(model, adapter_name, config, tap, depth)
+        note_experts(model, getattr(model, MODEL_SEAT), adapter_name, config, plan)
 
     def _create_and_replace(
         self,
@@ -168,13 +170,12 @@ class MoLoraModel(Controlled, BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Frozen experts keep the dtype they came in, so that each can be taken out bit for bit.
-        if not self.peft_config[adapter_name].experts_train:
-            return
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if not autocast_adapter_dtype:
-            for module in self.model.modules():
+        if self.peft_config[adapter_name].experts_train:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            for module in () if autocast_adapter_dtype else self.model.modules():
                 if isinstance(module, MoLoraLayer):
                     module.follow_base_dtype(adapter_name)
+        check_load(self.model, adapter_name)  # PEFT's last call of a load
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

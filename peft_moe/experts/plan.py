@@ -107,6 +107,9 @@ def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
 
 def _record(config: MoLoraConfig, plan: ExpertPlan) -> None:
     config.train_experts = config.experts_train
+    if config.experts_train:
+        for spec in plan.specs:
+            spec.digest = None  # soon no longer theirs
     config.experts = [spec.to_record() for spec in plan.specs]
 
 

@@ -34,6 +34,8 @@ class ExpertSpec:
         source: folder or Hub id that it was read from; None for a fresh expert.
         revision: Hub revision that was asked for.
         sha256: of the ``adapter_model.safetensors`` that was read; None for a fresh expert.
+        digest: of the weights as they are in the mixture, see ``integrity.expert_digests``; None for
+            experts that train.
         base_model: the base that the adapter says it was trained on.
         r, lora_alpha, use_rslora, rank_pattern, alpha_pattern: as in ``LoraConfig``.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in ``LoraConfig``.
@@ -43,6 +45,7 @@ class ExpertSpec:
     source: str | None = None
     revision: str | None = None
     sha256: str | None = None
+    digest: str | None = None
     base_model: str | None = None
     r: int = 8
     lora_alpha: float = 8

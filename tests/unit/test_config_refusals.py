@@ -96,6 +96,7 @@ BAD = {
     "distillation_temperature": [*NOT_POSITIVE, None],
     "distillation_adaptive": [*NOT_BOOL, None],
     "allow_base_mismatch": [*NOT_BOOL, None],
+    "verify_experts": [*NOT_BOOL, None],
     "format_version": [*NOT_COUNT, None, FORMAT_VERSION + 1, 99],
 }
 INHERITED = {f.name for f in dataclasses.fields(PeftConfig)} | {
@@ -300,6 +301,13 @@ REFUSED = {
     "rslora of adapters": ({"experts": {"a": "x"}, "use_rslora": True}, ["use_rslora=True", "no effect"]),
     "init of adapters": ({"experts": {"a": "x"}, "init_weights": False}, ["init_weights=False", "no effect"]),
 }
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1, 2]", "3", "nonsense"])
+def test_a_file_that_is_no_json_object_is_refused_by_name(text, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(PeftMoeError, match=r"adapter_config\.json .*copy the folder again"):
+        MoLoraConfig.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize("case", REFUSED)

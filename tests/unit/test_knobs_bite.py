@@ -171,7 +171,7 @@ BITES: dict[str, Row] = {
     "distillation_adaptive": (after_steps, {"distillation_coef": 1.0}, False, True),
 }
 # Fields with a test of their own below: they refuse or warn, instead of changing a number.
-REFUSALS = {"format_version", "allow_base_mismatch", "base_precision"}
+REFUSALS = {"format_version", "allow_base_mismatch", "base_precision", "verify_experts"}
 OURS = {f.name for f in dataclasses.fields(MoLoraConfig) if f.init} - {
     f.name for f in dataclasses.fields(PeftConfig)
 }

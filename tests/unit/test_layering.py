@@ -44,6 +44,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "sharing",
         "model_router",
         "layer",
+        "integrity",
         "experts",
     ),
     4: ("model", "fitting"),

@@ -1,0 +1,223 @@
+"""Whether the experts and routers that were loaded are those that the config describes.
+
+Checked once for every load, when it has ended: by PEFT's last call of it, or before the next forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PeftMoeError
+from .experts.plan import ExpertPlan
+from .sharing import MODEL_SEAT, MixtureLayer, SharedRouter, named_routers
+
+if TYPE_CHECKING:
+    from .config import MoLoraConfig
+
+_OURS = re.compile(r"(?:^|\.)molora_(?:A|B|router)\.([A-Za-z0-9_-]+)\.")
+
+_PLACELESS = re.compile(r"(?:^|\.)molora_[AB]\.weight$")
+
+
+class Arrivals:
+    """Watches what is loaded into the mixtures of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.configs: dict[str, MoLoraConfig] = {}
+        # Adapters with a load that is not checked yet, and the names of the tensors that it held.
+        self.open: dict[str, set[str]] = {}
+        self.handles = [
+            model.register_load_state_dict_pre_hook(self._at_load),
+            model.register_forward_pre_hook(self._at_forward, prepend=True),
+        ]
+
+    def _at_load(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        names: dict[str, set[str]] = {}
+        # PEFT gives the adapter's name to all tensors that the mixture has a place for.
+        extra = {key.removeprefix(prefix) for key in state_dict if _PLACELESS.search(key)}
+        for key in state_dict:
+            adapter = adapter_of(key)
+            if adapter in self.configs and "molora_router" not in key:
+                names.setdefault(adapter, set(extra)).add(key.removeprefix(prefix))
+        for adapter, keys in names.items():
+            self.open.setdefault(adapter, set()).update(keys)
+
+    def _at_forward(self, model: nn.Module, args: Any) -> None:
+        if self.open and not torch.compiler.is_compiling():
+            used = {a for m in model.modules() if isinstance(m, MixtureLayer) for a in m.adapters_now()}
+            for adapter in used & self.open.keys():
+                self.check(model, adapter)
+
+    def check(self, model: nn.Module, adapter: str) -> None:
+        """Check the load of an adapter that is still open, if there is one and it has begun."""
+        config = self.configs.get(adapter)
+        if config is None or adapter not in self.open:
+            return
+        recorded = {record["name"]: record.get("digest") for record in config.records()}
+        if check_arrived(model, adapter, self.open[adapter], recorded, verify=config.verify_experts):
+            self.open.pop(adapter)
+
+
+def note_experts(
+    model: nn.Module, seat: SharedRouter, adapter: str, config: MoLoraConfig, plan: ExpertPlan
+) -> None:
+    """After an injection: record what was read, or get ready to check what will be loaded.
+
+    Args:
+        model: the base with its mixtures.
+        seat: the model's, whose hooks are taken out with it.
+        adapter: what was injected.
+        config: its own; the digests of frozen experts are written into its records.
+        plan: where its experts come from.
+    """
+    arrivals: Arrivals | None = seat.__dict__.get("arrivals")
+    if arrivals is None:
+        arrivals = seat.__dict__["arrivals"] = Arrivals(model)
+        seat.handles += arrivals.handles
+    arrivals.configs[adapter] = config
+    arrivals.open.pop(adapter, None)
+    if plan.files and not config.experts_train:
+        for record, digest in zip(config.records(), expert_digests(model, adapter), strict=True):
+            record["digest"] = digest
+    if plan.awaited:
+        # As the experts do, routers start as what no file holds.
+        with torch.no_grad():
+            for _, router in named_routers(model, adapter):
+                for tensor in router.state_dict().values():
+                    if tensor.is_floating_point():
+                        tensor.fill_(torch.nan)
+        arrivals.open[adapter] = set()
+
+
+def check_load(model: nn.Module, adapter: str) -> None:
+    """Check a load of ``adapter`` that has just ended; nothing to do if there was none."""
+    arrivals: Arrivals | None = getattr(getattr(model, MODEL_SEAT, None), "__dict__", {}).get("arrivals")
+    if arrivals is not None:
+        arrivals.check(model, adapter)
+
+
+def adapter_of(key: str) -> str | None:
+    """The adapter whose tensor a key of a state dict names; None if it is none of a mixture's."""
+    found = _OURS.search(key)
+    return found[1] if found else None
+
+
+def expert_digests(model: nn.Module, adapter: str) -> list[str | None]:
+    """One per expert: the dtypes of its tensors, a colon, and the SHA-256 of all of them.
+
+    Layers come in the order of their names, A [r, I] before B [r, O]; each enters with its name, dtype, shape
+    and bytes. None where the weights are not all here (empty, or split between processes).
+    """
+    layers = _layers(model, adapter)
+    if not layers:
+        return []
+    ranks = next(iter(layers.values())).rank_maps[adapter].ranks
+    return [_digest(layers, adapter, expert) for expert in range(len(ranks))]
+
+
+def check_arrived(
+    model: nn.Module, adapter: str, keys: set[str], recorded: dict[str, str | None], *, verify: bool
+) -> bool:
+    """Check what a load has brought.
+
+    Args:
+        model: the base with its mixtures.
+        adapter: whose weights were loaded.
+        keys: names of its tensors in what was loaded, as in the state dict of ``model``.
+        recorded: digest of every expert, as in the config; None where there is none.
+        verify: whether digests are compared.
+
+    Returns:
+        False if nothing has been loaded yet.
+
+    Raises:
+        PeftMoeError: a tensor is lost, not finite or not the mixture's, or an expert is not the one that the
+            config describes.
+    """
+    layers = _layers(model, adapter)
+    # The loader overwrites all of a tensor, on whatever path; until then it is empty or NaN.
+    if all(_is_missing(layer.molora_A[adapter].weight) for layer in layers.values()):
+        return False
+    extra = sorted(keys - model.state_dict().keys())
+    if extra:
+        raise PeftMoeError(
+            f"adapter {adapter!r}: the file holds {len(extra)} tensors that this mixture has no place for, "
+            f"such as {extra[0]}; the base is another one than it was saved on, or config and weights do not "
+            "belong together: load it on its own base, or copy the folder again"
+        )
+    for name, tensor in _tensors(model, layers, adapter):
+        if tensor.is_meta or not bool(torch.isfinite(tensor).all()):
+            raise PeftMoeError(
+                f"adapter {adapter!r}: {name} is missing from the file, or holds NaN or infinity in it; copy "
+                "the folder again, or save the mixture again"
+            )
+    if verify and any(recorded.values()):
+        _compare(expert_digests(model, adapter), adapter, recorded)
+    for layer in layers.values():
+        layer.awaited.discard(adapter)
+    return True
+
+
+def _compare(found: list[str | None], adapter: str, recorded: dict[str, str | None]) -> None:
+    for (expert, wanted), here in zip(recorded.items(), found, strict=True):
+        # Experts that were cast on purpose have other dtypes, and no bytes to compare.
+        comparable = wanted and here and wanted.split(":")[0] == here.split(":")[0]
+        if comparable and wanted != here:
+            raise PeftMoeError(
+                f"adapter {adapter!r}: the weights of expert {expert!r} are not those that its config "
+                f"describes (SHA-256 {_short(here)}, recorded {_short(wanted)}): the file is damaged, or is "
+                "that of another mixture. Copy the folder again; to load another mixture, choose another "
+                "adapter_name or delete this one first; if the change is meant, set verify_experts=False"
+            )
+
+
+def _short(digest: str | None) -> str:
+    return f"{str(digest).rpartition(':')[2][:12]}…"
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+    found = {
+        m.name: m
+        for m in model.modules()
+        if isinstance(m, MixtureLayer) and adapter in getattr(m, "molora_A", ())
+    }
+    return dict(sorted(found.items()))
+
+
+def _is_missing(weight: Tensor) -> bool:
+    return weight.is_meta or bool(torch.isnan(weight.flatten()[:1]).any())
+
+
+def _tensors(model: nn.Module, layers: dict[str, Any], adapter: str) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in layers.items():
+        yield f"{name}.molora_A", layer.molora_A[adapter].weight
+        yield f"{name}.molora_B", layer.molora_B[adapter].weight
+    for name, router in named_routers(model, adapter):
+        for part, tensor in router.state_dict().items():
+            if tensor.is_floating_point():
+                yield f"{name}.molora_router.{part}", tensor
+
+
+def _digest(layers: dict[str, Any], adapter: str, expert: int) -> str | None:
+    digest, dtypes = hashlib.sha256(), set()
+    for name, layer in layers.items():
+        segment = layer.rank_maps[adapter].slices()[expert]
+        if segment.start == segment.stop:
+            continue
+        for side, parts in (("A", layer.molora_A), ("B", layer.molora_B)):
+            weight = parts[adapter].weight.detach()
+            if weight.is_meta or weight.dim() != 2 or len(weight) != layer.rank_maps[adapter].total:
+                return None
+            if hasattr(weight, "to_local"):  # a part of a tensor that other processes share
+                return None
+            slab, dtype = weight[segment].contiguous().cpu(), str(weight.dtype).removeprefix("torch.")
+            dtypes.add(dtype)
+            digest.update(f"{name} {side} {dtype} {list(slab.shape)}\n".encode())
+            digest.update(slab.view(torch.uint8).numpy())
+    return f"{'+'.join(sorted(dtypes))}:{digest.hexdigest()}"
