@@ -41,6 +41,10 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         base_precision: how the base's weights were kept when the mixture was made ("full",
             "bitsandbytes nf4"); written at injection, compared at loading.
         verify_experts: compare frozen experts with the digests in the config whenever they are loaded.
+        backend: how the mixture is computed; "auto" lets a model of FLOPs and bytes choose for every kind of
+            call. It changes speed and memory only. Others: "stacked", "grouped", "gather", "folded",
+            "reference", "triton_stacked", "triton_sorted", "triton_gather"; a call that one cannot serve is
+            refused with the reason.
         format_version: of the saved layout.
 
     Raises:
@@ -63,6 +67,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
     allow_base_mismatch: bool = False
     base_precision: str | None = None
     verify_experts: bool = True
+    backend: str = "auto"
     format_version: int = FORMAT_VERSION
     # PEFT's name matching asks for this attribute; targeting bare parameters is not offered.
     target_parameters: None = field(default=None, init=False, repr=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import PeftMoeError, near_matches
 from .experts.spec import ExpertSpec, source_name
+from .ops import check_backend
 from .routers import SCORING_FUNCS
 from .routers.pooling import POOLS
 
@@ -57,6 +58,7 @@ def check_fields(config: MoLoraConfig) -> None:
         value = getattr(config, name)
         if value not in options and (value is not None or name == "bias"):
             raise PeftMoeError(f"{name}={value!r} is not known.{near_matches(str(value), options)}")
+    check_backend(config.backend)
     _check_experts(config.experts)
 
 

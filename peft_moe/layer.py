@@ -35,7 +35,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("rank_maps", "scopes", "below_tap", "constant_routers")
+    other_param_names = ("rank_maps", "scopes", "below_tap", "constant_routers", "backends")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -53,6 +53,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.molora_router = nn.ModuleDict()
         self.rank_maps: dict[str, RankMap] = {}
         self.scopes: dict[str, str] = {}
+        self.backends: dict[str, str] = {}
         # Whether the adapter's tap lies above this layer, which then follows the prompt's decision.
         self.below_tap: dict[str, bool] = {}
         # Routers that this layer shares with others and whose gates do not depend on the input.
@@ -72,6 +73,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         router: Router | None,
         experts_train: bool,
         below_tap: bool = False,
+        backend: str = "auto",
     ) -> None:
         """Put a mixture on this layer.
 
@@ -83,12 +85,14 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             router: this layer's own router, for scope "module"; None where it is shared.
             experts_train: False declares the experts frozen to PEFT, which then keeps them so.
             below_tap: this layer follows the prompt's decision of scope "model".
+            backend: how the mixture is computed.
         """
         self.molora_A[adapter] = as_linear(A_RI)
         self.molora_B[adapter] = as_linear(B_RO)
         self.rank_maps[adapter] = rank_map
         self.scopes[adapter] = scope
         self.below_tap[adapter] = below_tap
+        self.backends[adapter] = backend
         frozen: tuple[str, ...] = () if experts_train else ("molora_A", "molora_B")
         if router is not None:
             self.molora_router[adapter] = router
@@ -145,6 +149,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             result.reshape(tokens, result.shape[-1]),
             expert_ids_NK=per_token(routing.expert_ids, x, tokens),
             weights_NK=per_token(routing.expert_weights, x, tokens),
+            backend=self.backends[adapter],
         )
         return mixed_NO.view(result.shape)
 

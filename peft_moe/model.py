@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from .backend_check import refuse_unfit_backend
 from .base_precision import note_precision
 from .call import given_shape
 from .config import MoLoraConfig
@@ -67,6 +68,7 @@ class MoLoraModel(Controlled, BaseTuner):
         note_precision(config, model)
         tap, stack = _resolve_tap(config, model)
         depth = Depth(config, model)
+        refuse_unfit_backend(config, model)
         plan = plan_experts(config, model)
         if tap is not None:
             tap.refuse_towers(model, config)
@@ -114,6 +116,7 @@ class MoLoraModel(Controlled, BaseTuner):
             router=router,
             experts_train=peft_config.experts_train,
             below_tap=below and peft_config.router_below_tap == "prompt",
+            backend=peft_config.backend,
         )
         if plan.awaited or layer.molora_A[adapter_name].weight.is_meta:
             layer.awaited.add(adapter_name)

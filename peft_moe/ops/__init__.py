@@ -7,6 +7,7 @@ from .cost import Choice, check_backend, choose, facts_of
 from .folded import Folded, folded_delta
 from .forms import FORMS, Facts, Form, Operands, register_form
 from .gather import Gather
+from .grouped import Grouped
 from .mixing import mix
 from .ranks import RankMap
 from .reference import Reference, mix_reference
@@ -29,5 +30,14 @@ __all__ = [
     "register_form",
 ]
 
-for _form in (Folded(), Stacked(), Gather(), TritonStacked(), TritonSorted(), TritonGather(), Reference()):
+for _form in (
+    Folded(),
+    Stacked(),
+    Grouped(),
+    Gather(),
+    TritonStacked(),
+    TritonSorted(),
+    TritonGather(),
+    Reference(),
+):
     register_form(_form)

@@ -18,7 +18,8 @@ class Constants:
         passes: times that a gathered or scattered row goes through memory, in equivalents.
         per_rank: seconds for gating one rank of one token in the stacked form.
         launch: seconds that any form costs at least.
-        segment: seconds that one product of a segment costs beside its work.
+        segment: seconds that one expert's tokens cost beside their work.
+        sort: seconds for bringing tokens into the order of their experts.
     """
 
     flops: float
@@ -28,14 +29,15 @@ class Constants:
     per_rank: float
     launch: float
     segment: float
+    sort: float
 
 
 # From the layer grid on a Zen 5 core, one thread: 1024x1024, 512 tokens; held out on three other shapes.
-_CPU_BF16 = Constants(420e9, 34.6e9, 6.4e9, 6.0, 0.80e-9, 20e-6, 27.5e-6)
-_CPU_FP32 = Constants(94e9, 34.6e9, 6.4e9, 6.0, 0.80e-9, 20e-6, 27.5e-6)
+_CPU_BF16 = Constants(420e9, 34.6e9, 6.4e9, 6.0, 0.80e-9, 20e-6, 27.5e-6, 60e-6)
+_CPU_FP32 = Constants(94e9, 34.6e9, 6.4e9, 6.0, 0.80e-9, 20e-6, 27.5e-6, 60e-6)
 # Roofline estimates for an H100; not measured.
-_CUDA_16 = Constants(798e12, 3.0e12, 3.0e12, 3.5, 1.4e-15, 15e-6, 5e-6)
-_CUDA_32 = Constants(400e12, 3.0e12, 3.0e12, 3.5, 2.8e-15, 15e-6, 5e-6)
+_CUDA_16 = Constants(798e12, 3.0e12, 3.0e12, 3.5, 1.4e-15, 15e-6, 5e-6, 60e-6)
+_CUDA_32 = Constants(400e12, 3.0e12, 3.0e12, 3.5, 2.8e-15, 15e-6, 5e-6, 60e-6)
 
 SHIPPED: dict[tuple[str, torch.dtype], Constants] = {
     ("cpu", torch.bfloat16): _CPU_BF16,

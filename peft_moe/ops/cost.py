@@ -48,8 +48,8 @@ def check_backend(name: str) -> None:
     Raises:
         PeftMoeError: with near matches.
     """
-    if name != "auto" and name not in FORMS:
-        raise PeftMoeError(f"backend={name!r} is not known.{near_matches(name, ['auto', *FORMS])}")
+    if not isinstance(name, str) or (name != "auto" and name not in FORMS):
+        raise PeftMoeError(f"backend={name!r} is not known.{near_matches(str(name), ['auto', *FORMS])}")
 
 
 def facts_of(operands: Operands) -> Facts:

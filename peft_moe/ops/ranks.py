@@ -96,6 +96,10 @@ class RankMap:
         """The ranks of every expert and, last, of "no expert": long [E + 1, W]; R where there is none."""
         return self._once(("rows", device), lambda: torch.tensor(self._table(), device=device).long())
 
+    def numbers(self, device: torch.device) -> Tensor:
+        """0 … E - 1, long [E]."""
+        return self._once(("numbers", device), lambda: torch.arange(len(self.ranks), device=device))
+
     def _step_owners(self, device: torch.device) -> Tensor:
         return self._once(
             ("steps", device), lambda: torch.tensor(self._count(self._step), device=device).long()

@@ -49,6 +49,7 @@ BAD = {
     ],
     "target_modules": [*NOT_NAMES, []],
     "exclude_modules": NOT_NAMES,
+    "backend": ["stackd", "", "Auto", None, 3, ["stacked"], {}, True],
     "base_precision": [3, True, "", ["full"], {}],
     "layers_to_transform": [-1, "0", 1.5, True, [0, -1], ["0"]],
     "layers_pattern": NOT_NAMES,

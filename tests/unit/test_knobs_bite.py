@@ -84,6 +84,15 @@ def trained_of_bert(**fields: Any) -> list[str]:
     return sorted(n for n, p in model.named_parameters() if p.requires_grad)
 
 
+def forms(**fields: Any) -> set[str]:
+    """What computed the layers: for the field that changes speed and memory only."""
+    model = mixture(**fields)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    maps = [m.rank_maps["default"] for m in model.modules() if hasattr(m, "rank_maps")]
+    return {choice.form.name for ranks in maps for choice in ranks.choices.values()}
+
+
 def backward(**fields: Any) -> Tensor:
     """Gradient of the router's first weight: for fields that leave the output as it is."""
     model = mixture(**fields)
@@ -155,6 +164,7 @@ BITES: dict[str, Row] = {
     "shared_experts": (logits, {}, [], ["expert_1"]),
     "experts_per_layer": (logits, {}, None, [1, 3]),
     "top_k_per_layer": (logits, {"norm_topk_prob": False}, [2, 2], [1, 2]),
+    "backend": (forms, {"top_k": 2}, "stacked", "grouped"),
     "router_aux_loss_coef": (total_loss, TOP_1, 0.01, 0.1),
     "router_z_loss_coef": (total_loss, {}, 0.01, 0.1),
     "router_label_loss_coef": (total_loss, {}, 0.01, 0.1),

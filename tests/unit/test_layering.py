@@ -32,6 +32,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "controlled",
         "four_bit",
         "base_precision",
+        "backend_check",
         "empty_weights",
         "taps",
         "depth",
