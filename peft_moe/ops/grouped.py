@@ -72,7 +72,7 @@ def why_not_native(ranks: RankMap, dtype: torch.dtype, device: str, *sizes: int)
         "torch's grouped GEMM needs rank and widths in whole 16 bytes": any(
             size * dtype.itemsize % 16 for size in (ranks.width, *sizes)
         ),
-        "torch's grouped GEMM would wait for the host: its kernel is for bfloat16 on sm_90 and sm_100": on_host,
+        "torch's grouped GEMM would wait for the host: its kernel is of bfloat16 on sm_90, sm_100": on_host,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
