@@ -31,7 +31,7 @@ from .model_router import ModelRouter
 from .requantise import requantised
 from .routers import Router
 from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter, share_constant
-from .taps import Tap, find_tap
+from .taps import Tap, resolve_tap
 
 
 class MoLoraModel(Controlled, BaseTuner):
@@ -66,7 +66,7 @@ class MoLoraModel(Controlled, BaseTuner):
         _check_adapter_name(adapter_name, model)
         keep_unpacked(model, trains=not config.inference_mode)
         note_precision(config, model)
-        tap, stack = _resolve_tap(config, model)
+        tap, stack = resolve_tap(config, model)
         depth = Depth(config, model)
         refuse_unfit_backend(config, model)
         plan = plan_experts(config, model)
@@ -250,27 +250,6 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
             f"adapter_name={adapter!r} is part of the base's module names or no plain name, so that PEFT "
             "could not save it; choose another of letters, digits, '_' and '-'"
         )
-
-
-def _resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:
-    shared = config.router_scope != "module" or config.router_granularity != "token"
-    if shared and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise PeftMoeError(
-            f"router_scope={config.router_scope!r} with router_granularity={config.router_granularity!r}: in "
-            "an encoder-decoder, layers of one call see different texts, so that one decision cannot serve "
-            "them; use router_scope='module' with router_granularity='token'"
-        )
-    if config.topk_method == "expert_choice" and getattr(model, "can_generate", lambda: False)():
-        raise PeftMoeError(
-            f"topk_method='expert_choice' looks at the whole sequence, so that {type(model).__name__} would "
-            "see its own future; use topk_method='greedy', or an encoder"
-        )
-    if config.router_scope != "model":
-        return None, ""
-    tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap))
-    if config.scorer.reads_input and config.scorer.reads_hidden:
-        config.router_tap = tap.index
-    return tap, stack
 
 
 def _seat_blocks(

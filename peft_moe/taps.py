@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .errors import PeftMoeError, near_matches
 from .linear import linear_sizes
+
+if TYPE_CHECKING:
+    from .config import MoLoraConfig
 
 
 @dataclass
@@ -132,3 +135,29 @@ def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap
         head = cast(Any, model).get_output_embeddings()
         tap.head = next((name for name, m in model.named_modules() if m is head), "")
     return tap, stack_name
+
+
+def resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:
+    """The tap of a config on a base, and the stack's name; None and "" where no tap is read.
+
+    Raises:
+        PeftMoeError: the base cannot be routed as the config asks, or has no such layer.
+    """
+    shared = config.router_scope != "module" or config.router_granularity != "token"
+    if shared and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PeftMoeError(
+            f"router_scope={config.router_scope!r} with router_granularity={config.router_granularity!r}: in "
+            "an encoder-decoder, layers of one call see different texts, so that one decision cannot serve "
+            "them; use router_scope='module' with router_granularity='token'"
+        )
+    if config.topk_method == "expert_choice" and getattr(model, "can_generate", lambda: False)():
+        raise PeftMoeError(
+            f"topk_method='expert_choice' looks at the whole sequence, so that {type(model).__name__} would "
+            "see its own future; use topk_method='greedy', or an encoder"
+        )
+    if config.router_scope != "model":
+        return None, ""
+    tap, stack = find_tap(model, config.router_tap, str(config.router_below_tap))
+    if config.scorer.reads_input and config.scorer.reads_hidden:
+        config.router_tap = tap.index
+    return tap, stack
