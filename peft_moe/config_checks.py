@@ -79,6 +79,10 @@ def _check_constant(config: MoLoraConfig, settings: RouterSettings, scorer: type
         "router_below_tap": config.router_below_tap != "probe",
         "router_input_norm": settings.input_norm,
         "router_init_std": settings.init_std != 0 and not scorer.trainable,
+        # Equal scores stay equal.
+        "router_temperature": settings.temperature != 1
+        and not scorer.trainable
+        and settings.scoring_func == "softmax",
     }
     for name, is_set in idle.items():
         if is_set:
@@ -97,6 +101,8 @@ def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Sco
         )
     blind = f"router={config.router!r}, which reads no hidden states; leave it out"
     reads_hidden = scorer.reads_input and scorer.reads_hidden
+    fixed = scorer.reads_input and not (scorer.reads_hidden or scorer.trainable or scorer.draws)
+    one_hot = f"router={config.router!r}, which chooses one expert by itself; leave it out"
     idle = {
         "router_tap": (config.router_tap is not None and config.router_scope != "model", away_from_model),
         "router_below_tap": (
@@ -112,6 +118,18 @@ def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Sco
             f"router_granularity={settings.granularity!r}; set router_granularity='running'",
         ),
         "router_granularity": (settings.granularity != "token" and not reads_hidden, blind),
+        "top_k": (fixed and config.top_k is not None, one_hot),
+        "top_k_per_layer": (fixed and config.top_k_per_layer is not None, one_hot),
+        "router_temperature": (fixed and settings.temperature != 1, one_hot),
+        "router_hidden_size": (
+            settings.hidden_size != DEFAULTS["router_hidden_size"] and not scorer.hidden_layer,
+            f"router={config.router!r}, which has no hidden layer; leave it out or choose router='mlp'",
+        ),
+        "topk_method": (
+            settings.topk_method == "expert_choice" and settings.granularity != "token",
+            f"router_granularity={settings.granularity!r}, where experts have no tokens to choose among; use "
+            "router_granularity='token'",
+        ),
         "router_input_norm": (settings.input_norm and not reads_hidden, blind),
         # PEFT looks at layer numbers only where it matches names.
         "layers_to_transform": (

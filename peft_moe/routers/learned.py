@@ -73,6 +73,7 @@ class MLPScorer(Scorer):
     W₂ starts with ``init_std``, 0 by default, so that a dense mixture begins as the gate-less one.
     """
 
+    hidden_layer = True
     paper = "arXiv 2402.07148"
 
     def __init__(self, settings: RouterSettings, in_features: int) -> None:

@@ -22,6 +22,7 @@ class Scorer(nn.Module):
             hidden state needs to be known; such a scorer overrides :meth:`score`.
         reads_experts: True if the scores are made from the experts' own weights; such a scorer overrides
             :meth:`read_experts`, and serves scope "module" only.
+        hidden_layer: True if the scorer makes use of the setting ``hidden_size``.
         draws: True if the scores are drawn anew in every call, also outside of training.
         trainable: False keeps the scorer's weights frozen through everything that PEFT does.
         paper: where the method comes from.
@@ -30,6 +31,7 @@ class Scorer(nn.Module):
     reads_input: ClassVar[bool] = True
     reads_hidden: ClassVar[bool] = True
     reads_experts: ClassVar[bool] = False
+    hidden_layer: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
     paper: ClassVar[str] = ""

@@ -116,7 +116,8 @@ def test_preset_fills_what_is_open_and_nothing_else(name):
         if field not in ("scorer", "experts_per_layer"):
             assert getattr(config, field) == value
     assert config.router_settings().scorer == PRESETS[name].fields["scorer"]
-    assert MoLoraConfig(router=name, router_temperature=0.5).router_temperature == 0.5
+    if name not in ("uniform", "hash", "oracle"):  # which refuse it: it would have no effect
+        assert MoLoraConfig(router=name, router_temperature=0.5).router_temperature == 0.5
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])

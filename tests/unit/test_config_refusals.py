@@ -182,6 +182,29 @@ REFUSED = {
         {"router": "hash", "router_granularity": "sequence"},
         ["router_granularity='sequence'", "no effect", "router='hash'"],
     ),
+    "top_k of hash": ({"router": "hash", "top_k": 2}, ["top_k=2", "no effect", "router='hash'"]),
+    "top_k of oracle": ({"router": "oracle", "top_k": 1}, ["top_k=1", "no effect", "router='oracle'"]),
+    "temperature of hash": (
+        {"router": "hash", "router_temperature": 0.5},
+        ["router_temperature=0.5", "no effect", "one expert by itself"],
+    ),
+    "temperature of equal scores": (
+        {"router": "uniform", "router_temperature": 0.5},
+        ["router_temperature=0.5", "no effect", "router='uniform'"],
+    ),
+    "hidden layer of linear": (
+        {"router_hidden_size": 8},
+        ["router_hidden_size=8", "no effect", "router='mlp'"],
+    ),
+    "expert choice per prompt": (
+        {
+            "topk_method": "expert_choice",
+            "top_k": 1,
+            "norm_topk_prob": False,
+            "router_granularity": "sequence",
+        },
+        ["topk_method='expert_choice'", "no effect", "router_granularity='token'"],
+    ),
     "static with a norm": (
         {"router": "static", "router_input_norm": True},
         ["router_input_norm=True", "no effect", "do not depend on the input"],
