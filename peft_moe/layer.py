@@ -144,11 +144,12 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             x.reshape(tokens, x.shape[-1]),
             self.molora_A[adapter].weight,
             self.molora_B[adapter].weight,
-            per_token(routing.gates, x, tokens),
+            None if routing.expert_ids is not None else per_token(routing.gates, x, tokens),
             self.rank_maps[adapter],
             result.reshape(tokens, result.shape[-1]),
             expert_ids_NK=per_token(routing.expert_ids, x, tokens),
             weights_NK=per_token(routing.expert_weights, x, tokens),
+            abstains=routing.abstains,
             backend=self.backends[adapter],
         )
         return mixed_NO.view(result.shape)

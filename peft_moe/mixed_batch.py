@@ -129,9 +129,4 @@ def narrow(routing: Routing, rows: Tensor, x: Tensor) -> Routing:
             values = values.expand(-1, columns, -1).reshape(total, 1, -1)
         return values[rows]
 
-    ids, weights = routing.expert_ids, routing.expert_weights
-    return Routing(
-        gates=take(routing.gates),
-        expert_ids=None if ids is None else take(ids),
-        expert_weights=None if weights is None else take(weights),
-    )
+    return routing.bare().map(take)

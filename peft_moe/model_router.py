@@ -14,7 +14,6 @@ hidden states at its tap, the input of one decoder layer, in one of three ways:
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -260,8 +259,8 @@ def _last(routing: Routing, kept: Routing | None) -> Routing:
     running = routing.running
     if running is not None and kept is not None and kept.running is not None:
         running = torch.cat([kept.running, running], dim=1)
-    last = replace(routing, running=None).detach().map(lambda t: t[:, -1:])
-    return last if running is None else replace(last, running=running[:, -REMEMBERED:])
+    last = routing.replace(running=None).detach().map(lambda t: t[:, -1:])
+    return last if running is None else last.replace(running=running[:, -REMEMBERED:])
 
 
 def _no_hidden(router: Router, context: RoutingContext) -> Tensor:

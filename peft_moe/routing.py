@@ -21,44 +21,25 @@ import torch
 from torch import Tensor
 
 from .controls import Limits
+from .decision import Routing
 from .slots import Slot
 
-
-@dataclass
-class Routing:
-    """One routing decision: the only value that goes from a router to ops, losses and reports.
-
-    Attributes:
-        gates: weights of the experts, float32, [B|1, T|1, E]; a size of 1 means "the same for all".
-        logits: scores before the selection, float32, [B|1, T|1, X]; None where nothing was scored.
-        selected: which columns the selector kept, bool, [B|1, T|1, X]; None for dense gates.
-        running: the summary of the text that led to it, [B, T, I], for a router that continues it in the
-            next step; else None.
-        expert_ids: where every token keeps equally many experts, which ones, long [B|1, T|1, K]: distinct,
-            in no order, experts that are always on among them. E stands for "no expert" (the null expert).
-        expert_weights: their gates, [B|1, T|1, K]; 0 for "no expert". All other gates are zero.
-    """
-
-    gates: Tensor
-    logits: Tensor | None = None
-    selected: Tensor | None = None
-    running: Tensor | None = None
-    expert_ids: Tensor | None = None
-    expert_weights: Tensor | None = None
-
-    @property
-    def is_constant(self) -> bool:
-        """True where one row of gates serves every token of every sequence."""
-        return self.gates.dim() == 3 and self.gates.shape[0] == 1 and self.gates.shape[1] == 1
-
-    def map(self, move: Any) -> Routing:
-        """The same decision with ``move`` applied to each of its tensors."""
-        others = (self.logits, self.selected, self.running, self.expert_ids, self.expert_weights)
-        return Routing(move(self.gates), *(None if t is None else move(t) for t in others))
-
-    def detach(self) -> Routing:
-        """The same decision, cut off from the graph that made it."""
-        return self.map(Tensor.detach)
+__all__ = [
+    "Routing",
+    "RoutingContext",
+    "RoutingInputs",
+    "RoutingRecord",
+    "below",
+    "bound_to",
+    "current_context",
+    "current_inputs",
+    "enter_context",
+    "is_recording",
+    "leave_context",
+    "record_routing",
+    "report",
+    "routing_inputs",
+]
 
 
 @dataclass

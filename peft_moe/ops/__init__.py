@@ -30,14 +30,7 @@ __all__ = [
     "register_form",
 ]
 
-for _form in (
-    Folded(),
-    Stacked(),
-    Grouped(),
-    Gather(),
-    TritonStacked(),
-    TritonSorted(),
-    TritonGather(),
-    Reference(),
-):
+_OWN = (Folded(), Stacked(), Grouped(), Gather(), Reference())
+_TRITON = (TritonStacked(), TritonSorted(), TritonGather())
+for _form in (*_OWN, *_TRITON):
     register_form(_form)

@@ -54,11 +54,10 @@ def check_backend(name: str) -> None:
 
 def facts_of(operands: Operands) -> Facts:
     """What a call's tensors say of it, without their numbers."""
-    x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, ids_NK, weights_NK = operands
+    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, _ = operands
     trains = set()
     if torch.is_grad_enabled():
-        gates = (gates_NE,) if weights_NK is None else (gates_NE, weights_NK)
-        wanted = {"x": (x_NI,), "experts": (A_RI, B_RO), "gates": gates, "base": (base_NO,)}
+        wanted = {"x": (x_NI,), "experts": (A_RI, B_RO), "gates": (gates,), "base": (base_NO,)}
         trains = {name for name, tensors in wanted.items() if any(t.requires_grad for t in tensors)}
     return Facts(
         tokens=x_NI.shape[0],
@@ -66,7 +65,7 @@ def facts_of(operands: Operands) -> Facts:
         out_features=B_RO.shape[1],
         ranks=ranks,
         chosen=None if ids_NK is None else ids_NK.shape[-1],
-        one_row=gates_NE.shape[0] == 1,
+        one_row=gates.shape[0] == 1,
         dtype=product_dtype(x_NI, A_RI),
         device=x_NI.device.type,
         trains=frozenset(trains),

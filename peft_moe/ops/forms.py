@@ -26,11 +26,20 @@ class Operands(NamedTuple):
     x: Tensor  # [N, I]
     A: Tensor  # [R, I]
     B: Tensor  # [R, O]
-    gates: Tensor  # [N, E] or [1, E]
+    gates: Tensor  # [N, E] or [1, E]; where the chosen experts are given, their weights
     ranks: RankMap
     base: Tensor  # [N, O]
     ids: Tensor | None  # [N, K] or [1, K]
     weights: Tensor | None  # as ids
+    abstains: bool = True  # whether "no expert" may be among the ids
+
+    def dense(self) -> Tensor:
+        """Gates of all experts, [N, E] or [1, E]."""
+        if self.ids is None:
+            return self.gates
+        experts = len(self.ranks.ranks)
+        room = self.gates.new_zeros(len(self.gates), experts + 1)
+        return room.scatter(1, self.ids, self.gates)[:, :experts]
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,8 @@ def register_form(form: Form) -> None:
 
 def product_dtype(x_NI: Tensor, A_RI: Tensor) -> torch.dtype:
     """The dtype of the products: the wider one of input and experts, as in PEFT, or autocast's."""
-    wide = torch.promote_types(x_NI.dtype, A_RI.dtype)
+    same = x_NI.dtype == A_RI.dtype
+    wide = x_NI.dtype if same else torch.promote_types(x_NI.dtype, A_RI.dtype)
     device = x_NI.device.type
     if wide != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -102,4 +112,4 @@ def add_product(base_NO: Tensor, hg_NR: Tensor, B_RO: Tensor) -> Tensor:
     """``base + hg B``: summed once, in the dtype of the base."""
     if base_NO.dtype == hg_NR.dtype == B_RO.dtype:
         return torch.addmm(base_NO, hg_NR, B_RO)
-    return base_NO + (hg_NR @ B_RO).to(base_NO.dtype)
+    return (base_NO + hg_NR @ B_RO).to(base_NO.dtype)

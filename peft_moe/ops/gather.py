@@ -16,6 +16,9 @@ from .constants import Constants
 from .forms import Facts, Operands, add_product, product_dtype
 from .ranks import RankMap
 
+# On a CPU a narrow product costs some ten microseconds before it starts, a float32 one about one.
+_FEW_FLOPS = 2e6
+
 
 class Gather:
     """The chosen experts' slabs, one set per token, or one for all."""
@@ -42,34 +45,40 @@ class Gather:
 
     def mix(self, operands: Operands) -> Tensor:
         """``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
-        x_NI, A_RI, B_RO, _, ranks, base_NO, ids_SK, weights_SK = operands
-        assert ids_SK is not None  # supports() has seen to it
-        assert weights_SK is not None
-        wide = product_dtype(x_NI, A_RI)
-        experts = len(ranks.ranks)
+        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, abstains = operands
+        assert ids_SK is not None, "supports() has seen to it"
         sets, chosen = ids_SK.shape
-        if ranks.equal:
-            ids = ids_SK.clamp_max(experts - 1).view(-1)
-            A_SKI, B_SKO = (_grid(t, ranks).index_select(0, ids).to(wide) for t in (A_RI, B_RO))
-            absent = (ids_SK == experts)[..., None]
-        else:
-            rows_SKW = ranks.rows(ids_SK.device)[ids_SK]
-            absent = rows_SKW == ranks.total
-            rows = rows_SKW.clamp_max(ranks.total - 1).view(-1)
-            A_SKI, B_SKO = (t.index_select(0, rows).to(wide) for t in (A_RI, B_RO))
+        work = 2 * len(x_NI) * chosen * ranks.width * (A_RI.shape[1] + B_RO.shape[1])
+        wide = product_dtype(x_NI, A_RI)
+        if x_NI.device.type == "cpu" and work < _FEW_FLOPS and wide.itemsize < 4:
+            wide = torch.float32
+        A_SRI, B_SRO, absent = _slabs(A_RI, B_RO, ids_SK, ranks, abstains)
+        x_NI, A_SRI, B_SRO = x_NI.to(wide), A_SRI.to(wide), B_SRO.to(wide)
         weights_SK1 = ranks.scale_chosen(weights_SK, ids_SK).to(wide)[..., None]
-        x_NI = x_NI.to(wide)
         if sets == 1:
-            h_NKW = functional.linear(x_NI, A_SKI.reshape(-1, A_RI.shape[1])).view(len(x_NI), chosen, -1)
-            hg_NR = (h_NKW * weights_SK1).masked_fill(absent, 0.0).flatten(1)
-            return add_product(base_NO, hg_NR, B_SKO.reshape(-1, B_RO.shape[1]))
-        h_NR1 = torch.bmm(A_SKI.reshape(sets, -1, A_RI.shape[1]), x_NI[..., None])
-        h_NKW = h_NR1.view(sets, chosen, -1)
-        hg_N1R = (h_NKW * weights_SK1).masked_fill(absent, 0.0).view(sets, 1, -1)
-        delta_NO = torch.bmm(hg_N1R, B_SKO.reshape(sets, -1, B_RO.shape[1]))[:, 0]
-        return base_NO + delta_NO.to(base_NO.dtype)
+            h_NR = functional.linear(x_NI, A_SRI.view(-1, A_RI.shape[1]))
+        else:
+            h_NR = torch.bmm(A_SRI.view(sets, -1, A_RI.shape[1]), x_NI[..., None])
+        hg_NKW = h_NR.view(len(x_NI), chosen, -1) * weights_SK1
+        if absent is not None:
+            hg_NKW = hg_NKW.masked_fill(absent, 0.0)
+        if sets == 1:
+            return add_product(base_NO, hg_NKW.view(h_NR.shape), B_SRO.view(-1, B_RO.shape[1]))
+        delta_N1O = torch.bmm(hg_NKW.view(sets, 1, -1), B_SRO.view(sets, -1, B_RO.shape[1]))
+        return (base_NO + delta_N1O[:, 0]).to(base_NO.dtype)
 
 
-def _grid(factor_RX: Tensor, ranks: RankMap) -> Tensor:
-    """One row per expert, [E, W·X]: rows are picked several times faster than ranks."""
-    return factor_RX.reshape(len(ranks.ranks), -1)
+def _slabs(
+    A_RI: Tensor, B_RO: Tensor, ids_SK: Tensor, ranks: RankMap, abstains: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The chosen rows of both factors, and where there are none, for [S, K, W]."""
+    if ranks.equal:
+        experts = len(ranks.ranks)
+        absent = (ids_SK == experts)[..., None] if abstains else None
+        ids = (ids_SK.clamp_max(experts - 1) if abstains else ids_SK).view(-1)
+        # One row per expert: rows are picked several times faster than ranks.
+        A_SX, B_SX = (t.reshape(experts, -1).index_select(0, ids) for t in (A_RI, B_RO))
+        return A_SX, B_SX, absent
+    rows_SKW = ranks.rows(ids_SK.device)[ids_SK]
+    rows = rows_SKW.clamp_max(ranks.total - 1).view(-1)
+    return A_RI.index_select(0, rows), B_RO.index_select(0, rows), rows_SKW == ranks.total

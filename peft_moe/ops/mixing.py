@@ -20,12 +20,13 @@ def mix(
     x_NI: Tensor,
     A_RI: Tensor,
     B_RO: Tensor,
-    gates_NE: Tensor,
+    gates_NE: Tensor | None,
     ranks: RankMap,
     base_NO: Tensor,
     *,
     expert_ids_NK: Tensor | None = None,
     weights_NK: Tensor | None = None,
+    abstains: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """``base + Σ_e gate_e · scaling_e · (x Aₑᵀ) Bₑ``.
@@ -37,12 +38,14 @@ def mix(
         x_NI: the layer's input, [N, I].
         A_RI: the experts' A factors on one rank axis, [R, I].
         B_RO: their B factors, transposed against LoRA, on the same axis, [R, O].
-        gates_NE: weight of each expert for each token, [N, E] or [1, E].
+        gates_NE: weight of each expert for each token, [N, E] or [1, E]; not looked at where the chosen ones
+            are given.
         ranks: the segments of R.
         base_NO: output of the frozen base layer, [N, O].
-        expert_ids_NK: where every token keeps K experts, their numbers, distinct; [N, K], or [1, K] beside
-            gates [1, E]. E stands for "no expert". All other gates must be zero.
+        expert_ids_NK: where every token keeps K experts, their numbers, distinct; [N, K], or [1, K] where
+            one row serves all tokens. E stands for "no expert". All other gates are zero.
         weights_NK: the gates of these, in the same shape; gradients for the gates go here then.
+        abstains: whether "no expert" may be among the chosen; False saves looking for it.
         backend: a form's name; None or "auto" takes the cheapest one.
 
     Returns:
@@ -51,7 +54,12 @@ def mix(
     Raises:
         PeftMoeError: the form that was asked for is unknown, or cannot serve this call.
     """
-    operands = Operands(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, expert_ids_NK, weights_NK)
+    if weights_NK is None:
+        assert gates_NE is not None, "gates for all experts, or the chosen ones"
+        operands = Operands(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False)
+    else:
+        assert expert_ids_NK is not None, "weights of whom?"
+        operands = Operands(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, expert_ids_NK, weights_NK, abstains)
     if ranks.total == 0 or x_NI.shape[0] == 0:
         return base_NO
     return _choice(operands, backend).form.mix(operands)
@@ -60,16 +68,16 @@ def mix(
 def _choice(operands: Operands, backend: str | None) -> Choice:
     if torch.compiler.is_compiling():
         return choose(facts_of(operands), backend)
-    x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, ids_NK, weights_NK = operands
+    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, _ = operands
     device = x_NI.device.type
     grads = torch.is_grad_enabled() and (
         x_NI.requires_grad,
         A_RI.requires_grad or B_RO.requires_grad,
-        gates_NE.requires_grad if weights_NK is None else weights_NK.requires_grad,
+        gates.requires_grad,
         base_NO.requires_grad,
     )
     key = (
-        (x_NI.shape, B_RO.shape[1], gates_NE.shape[0], None if ids_NK is None else ids_NK.shape[1]),
+        (x_NI.shape, B_RO.shape[1], gates.shape, ids_NK is None),
         (x_NI.dtype, A_RI.dtype, device, torch.is_autocast_enabled(device)),
         (grads, backend),
     )

@@ -39,18 +39,16 @@ class Stacked:
 
     def mix(self, operands: Operands) -> Tensor:
         """``base + ((x Aᵀ) ∘ gates per rank) B``."""
-        x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, ids_NK, weights_NK = operands
-        if ids_NK is None or weights_NK is None:
-            gates, ids_NK = gates_NE, None
-        else:
-            gates, ids_NK = weights_NK.expand(len(x_NI), -1), ids_NK.expand(len(x_NI), -1)
+        x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, abstains = operands
+        if ids_NK is not None:
+            gates, ids_NK = gates.expand(len(x_NI), -1), ids_NK.expand(len(x_NI), -1)
         wide = product_dtype(x_NI, A_RI)
         given = (x_NI, A_RI, B_RO, gates)
         # A compiler decides by itself what is kept for the backward pass.
         plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         if plain or not any(t.requires_grad for t in given):
-            return _forward(*given, base_NO, ids_NK, ranks, wide)[0]
-        out_NO: Tensor = _Stacked.apply(*given, base_NO, ids_NK, ranks, wide)  # type: ignore[no-untyped-call]
+            return _forward(*given, base_NO, ids_NK, ranks, wide, abstains)[0]
+        out_NO: Tensor = _Stacked.apply(*given, base_NO, ids_NK, ranks, wide, abstains)  # type: ignore[no-untyped-call]
         return out_NO
 
 
@@ -63,37 +61,39 @@ def _forward(
     ids_NK: Tensor | None,
     ranks: RankMap,
     wide: torch.dtype,
+    abstains: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and h: [N, R], or [N, K, W] at the chosen experts."""
     h_NR = functional.linear(x_NI.to(wide), A_RI.to(wide)).to(wide)
     if ids_NK is None:
         # Gates are scaled in float32 and rounded once.
         return add_product(base_NO, h_NR * ranks.expand(gates).to(wide), B_RO.to(wide)), h_NR
-    h_NKW = take_chosen(h_NR, ids_NK, ranks)
+    h_NKW = take_chosen(h_NR, ids_NK, ranks, abstains)
     weights_NK1 = ranks.scale_chosen(gates, ids_NK).to(wide)[..., None]
-    hg_NR = put_chosen(h_NKW * weights_NK1, ids_NK, ranks)
+    hg_NR = put_chosen(h_NKW * weights_NK1, ids_NK, ranks, abstains)
     return add_product(base_NO, hg_NR, B_RO.to(wide)), h_NKW
 
 
-def take_chosen(values_NR: Tensor, ids_NK: Tensor, ranks: RankMap) -> Tensor:
+def take_chosen(values_NR: Tensor, ids_NK: Tensor, ranks: RankMap, abstains: bool) -> Tensor:
     """Ranks of the chosen experts, [N, R] to [N, K, W]; anything where an expert has no such rank."""
     experts, width = len(ranks.ranks), ranks.width
     if ranks.equal:
-        index_NK1 = ids_NK.clamp_max(experts - 1)[..., None]
+        index_NK1 = (ids_NK.clamp_max(experts - 1) if abstains else ids_NK)[..., None]
         grid_NEW = values_NR.view(-1, experts, width)
         return grid_NEW.gather(1, index_NK1.expand(-1, -1, width))
     rows_NKW = ranks.rows(ids_NK.device)[ids_NK]
     return values_NR.gather(1, rows_NKW.clamp_max(ranks.total - 1).flatten(1)).view(rows_NKW.shape)
 
 
-def put_chosen(values_NKW: Tensor, ids_NK: Tensor, ranks: RankMap) -> Tensor:
+def put_chosen(values_NKW: Tensor, ids_NK: Tensor, ranks: RankMap, abstains: bool) -> Tensor:
     """Back on the rank axis, [N, R], with zeros at all other experts."""
     tokens, experts, width = len(ids_NK), len(ranks.ranks), ranks.width
     # Behind the last rank there is room for what belongs to no expert, and is cut off.
     if ranks.equal:
-        room_NEW = values_NKW.new_zeros(tokens, experts + 1, width)
+        room_NEW = values_NKW.new_zeros(tokens, experts + abstains, width)
         room_NEW = room_NEW.scatter(1, ids_NK[..., None].expand(-1, -1, width), values_NKW)
-        return room_NEW.view(tokens, -1)[:, : ranks.total]
+        room_NR = room_NEW.view(tokens, -1)
+        return room_NR[:, : ranks.total] if abstains else room_NR
     rows_NKW = ranks.rows(ids_NK.device)[ids_NK]
     room_NR = values_NKW.new_zeros(tokens, ranks.total + 1)
     return room_NR.scatter(1, rows_NKW.flatten(1), values_NKW.flatten(1))[:, : ranks.total]
@@ -123,9 +123,10 @@ class _Stacked(torch.autograd.Function):
         ids_NK: Tensor | None,
         ranks: RankMap,
         wide: torch.dtype,
+        abstains: bool,
     ) -> Tensor:
         with torch.autocast(x_NI.device.type, enabled=False):
-            out_NO, h = _forward(x_NI, A_RI, B_RO, gates, base_NO, ids_NK, ranks, wide)
+            out_NO, h = _forward(x_NI, A_RI, B_RO, gates, base_NO, ids_NK, ranks, wide, abstains)
         for_x, for_A, for_B, for_gates = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x_NI if for_A else None,
@@ -135,6 +136,7 @@ class _Stacked(torch.autograd.Function):
             ids_NK,
             h if for_gates or for_B else None,
         )
+        ctx.abstains = abstains
         ctx.ranks, ctx.wide, ctx.x_dtype, ctx.A_dtype = ranks, wide, x_NI.dtype, A_RI.dtype
         return out_NO
 
@@ -150,23 +152,23 @@ class _Stacked(torch.autograd.Function):
             if for_x or for_A or for_gates:
                 dhg = wide_NO @ B_RO.to(wide).T
                 if ids_NK is not None:
-                    dhg = take_chosen(dhg, ids_NK, ranks)
+                    dhg = take_chosen(dhg, ids_NK, ranks, ctx.abstains)
             if for_gates:
                 dgates = _gate_gradient(dhg, h, gates, ids_NK, ranks)
             if for_x or for_A:
-                dh_NR = _gated(dhg, gates, ids_NK, ranks)
+                dh_NR = _gated(dhg, gates, ids_NK, ranks, ctx.abstains)
                 dx_NI = (dh_NR @ A_RI.to(wide)).to(ctx.x_dtype) if for_x else None
                 dA_RI = (dh_NR.T @ x_NI.to(wide)).to(ctx.A_dtype) if for_A else None
             if for_B:
-                dB_RO = (_gated(h, gates, ids_NK, ranks).T @ wide_NO).to(B_RO.dtype)
-        return dx_NI, dA_RI, dB_RO, dgates, dy_NO if for_base else None, None, None, None
+                dB_RO = (_gated(h, gates, ids_NK, ranks, ctx.abstains).T @ wide_NO).to(B_RO.dtype)
+        return dx_NI, dA_RI, dB_RO, dgates, dy_NO if for_base else None, None, None, None, None
 
 
-def _gated(values: Tensor, gates: Tensor, ids_NK: Tensor | None, ranks: RankMap) -> Tensor:
+def _gated(values: Tensor, gates: Tensor, ids_NK: Tensor | None, ranks: RankMap, abstains: bool) -> Tensor:
     if ids_NK is None:
         return values * ranks.expand(gates).to(values.dtype)
     weights_NK1 = ranks.scale_chosen(gates, ids_NK).to(values.dtype)[..., None]
-    return put_chosen(values * weights_NK1, ids_NK, ranks)
+    return put_chosen(values * weights_NK1, ids_NK, ranks, abstains)
 
 
 def _gate_gradient(dhg: Tensor, h: Tensor, gates: Tensor, ids_NK: Tensor | None, ranks: RankMap) -> Tensor:

@@ -6,11 +6,10 @@ Letters: B batch, T sequence, S turns, I in, X experts plus the null expert.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..controls import NO_EXPERT, ROUTER, Limits
 from ..errors import PeftMoeError
@@ -20,6 +19,7 @@ from .registry import scorer_class
 from .running import running_features
 from .selectors import choose, constant, select
 from .settings import RouterSettings
+from .wide_linear import wide_linear, widened
 
 
 class Router(nn.Module):
@@ -83,15 +83,33 @@ class Router(nn.Module):
         Returns:
             A :class:`Routing`: [B, T, ·], [B, 1, ·] for one decision per sequence, or [1, 1, ·].
         """
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            pool = pool or self.pools
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._decide(x, context, pool or self.pools, before)
+        with torch.autocast(device_type=device, enabled=False):
+            return self._decide(x, context, pool or self.pools, before)
+
+    def _decide(
+        self, x: Tensor, context: RoutingContext | None, pool: bool, before: Tensor | None
+    ) -> Routing:
+        if self._scores_narrow(x, pool):
+            own: Any = self.scorer
+            logits_BTX = wide_linear(x, own.weight, own.bias, self.settings.input_norm)
+        else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)
-            real_BT = context.real if context is not None else None
-            routing = select(logits_BTX, self.settings, bias_X=self.balance_bias, real_BT=real_BT)
-            if self.runs and not pool:
-                routing.running = features_BTI.detach()
-            return spread_turns(routing, context) if pool and context is not None else routing
+        real_BT = context.real if context is not None else None
+        routing = select(logits_BTX, self.settings, bias_X=self.balance_bias, real_BT=real_BT)
+        if self.runs and not pool:
+            routing.running = features_BTI.detach()
+        return spread_turns(routing, context) if pool and context is not None else routing
+
+    def _scores_narrow(self, x: Tensor, pool: bool) -> bool:
+        """Whether the scores come straight from ``x``, so that no wide copy of it needs to be kept."""
+        # A compiler decides by itself what is kept.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or pool or self.runs:
+            return False
+        return self.scorer.is_linear and (self.settings.input_norm or x.dtype.itemsize < 4)
 
     def limited(self, routing: Routing, limits: Limits | None, context: RoutingContext | None) -> Routing:
         """A decision of this router within what the caller allows, from the scores that it holds.
@@ -117,14 +135,9 @@ class Router(nn.Module):
             real_BT = context.real if context is not None else None
             how = {"closed": tuple(closed), "sharpness": sharpness}
             chosen = choose(routing.logits, settings, bias_X=self.balance_bias, real_BT=real_BT, **how)  # type: ignore[arg-type]
-            routing = replace(chosen, running=routing.running)
+            routing = chosen.replace(running=routing.running)
         if hidden:
-            hidden_E = constant(tuple(hidden), routing.gates.device)
-            ids, weights = routing.expert_ids, routing.expert_weights
-            if ids is not None and weights is not None:
-                weights = weights.masked_fill(torch.isin(ids, hidden_E), 0.0)
-            gates = routing.gates.index_fill(-1, hidden_E, 0.0)
-            routing = replace(routing, gates=gates, expert_weights=weights)
+            routing = _without(routing, tuple(hidden))
         if limits.rows is not None:
             routing = self._named_rows(routing, limits.rows, context)
         return routing
@@ -159,7 +172,7 @@ class Router(nn.Module):
                 chosen_BTX = torch.cat([chosen_BTX, (rows_BT == NO_EXPERT)[..., None]], dim=-1)
             selected = torch.where(known_BT1, chosen_BTX, selected)
         # Named rows keep one expert, whatever k is: no sparse form.
-        return replace(routing, gates=gates, selected=selected, expert_ids=None, expert_weights=None)
+        return routing.replace(gates=gates, selected=selected, expert_ids=None, expert_weights=None)
 
     def features(
         self,
@@ -173,10 +186,7 @@ class Router(nn.Module):
 
         Fitting a router without gradients fits it on exactly this.
         """
-        # A float64 model gets float64 decisions; nothing gets fewer than 32 bits.
-        wide_BTI = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.settings.input_norm:
-            wide_BTI = functional.rms_norm(wide_BTI, (wide_BTI.shape[-1],))
+        wide_BTI = widened(x, self.settings.input_norm)
         if pool or self.pools:
             wide_BTI = pool_prompts(wide_BTI, context or RoutingContext(), self.settings.pool)
         elif self.runs:
@@ -195,3 +205,14 @@ class Router(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
+
+
+def _without(routing: Routing, experts: tuple[int, ...]) -> Routing:
+    """The same decision with gates of zero for these experts."""
+    ids, weights = routing.expert_ids, routing.expert_weights
+    if ids is None or weights is None:
+        hidden = constant(experts, routing.gates.device)
+        return routing.replace(gates=routing.gates.index_fill(-1, hidden, 0.0))
+    hidden = constant(experts, ids.device)
+    # The dense gates are made anew from what is left.
+    return routing.replace(gates=None, expert_weights=weights.masked_fill(torch.isin(ids, hidden), 0.0))

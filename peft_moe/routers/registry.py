@@ -66,6 +66,11 @@ class Scorer(nn.Module):
         scores: Tensor = self(x)
         return scores
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the scores are ``linear(x, self.weight, self.bias)`` and nothing else."""
+        return False
+
     def expect_experts(self, ranks: tuple[int, ...]) -> None:
         """Make room for what :meth:`read_experts` keeps, where its size depends on the experts.
 

@@ -52,7 +52,8 @@ def select(
         Where every token keeps k columns it also names the experts, for sparse arithmetic.
     """
     # From here on "logits" are what the gates are made of: losses and reports see the temperature, too.
-    logits_BTX = logits_BTX / settings.temperature
+    if settings.temperature != 1.0:
+        logits_BTX = logits_BTX / settings.temperature
     absent = settings.missing_columns
     if absent:
         logits_BTX = logits_BTX.index_fill(-1, constant(absent, logits_BTX.device), _ABSENT)
@@ -77,33 +78,101 @@ def choose(
         sharpness: what the scores are multiplied by.
     """
     shut = tuple(sorted({*settings.missing_columns, *closed}))
-    shut_X = constant(shut, logits_BTX.device)
-    nobody = len(shut) == settings.num_columns
     scores_BTX = logits_BTX if sharpness == 1 else logits_BTX * sharpness
     if shut and (closed or sharpness != 1):
         # Below the scores of everything else, also of experts that a label rules out.
-        scores_BTX = scores_BTX.index_fill(-1, shut_X, _ABSENT if nobody else -math.inf)
+        lowest = _ABSENT if len(shut) == settings.num_columns else -math.inf
+        scores_BTX = scores_BTX.index_fill(-1, constant(shut, scores_BTX.device), lowest)
+    if closed and bias_X is not None:
+        bias_X = bias_X.index_fill(-1, constant(shut, bias_X.device), -math.inf)
+    # Straight-through gates have gradients at the experts that were left out, too.
+    through = settings.straight_through and scores_BTX.requires_grad and torch.is_grad_enabled()
+    if settings.is_sparse and settings.topk_method == "greedy" and not through:
+        chosen = _keep_k(scores_BTX, settings, bias_X, shut if closed else ())
+    else:
+        chosen = _dense(scores_BTX, settings, bias_X, real_BT, shut)
+    chosen.logits = logits_BTX
+    return chosen
+
+
+def _keep_k(
+    scores_BTX: Tensor, settings: RouterSettings, bias_X: Tensor | None, shut: tuple[int, ...]
+) -> Routing:
+    """Each token's k columns by their numbers; nothing of the size of X is kept for the backward pass."""
+    k = settings.top_k or settings.num_columns
+    scoring = SCORING_FUNCS[settings.scoring_func]
+    if bias_X is not None:
+        dense_BTX = scoring(scores_BTX)
+        ids_BTK = (dense_BTX + bias_X).topk(k, dim=-1).indices
+        kept_BTK = dense_BTX.gather(-1, ids_BTK)
+    else:
+        # By the scores: large ones are all 1.0 after a sigmoid, and would tie.
+        kept_BTK, ids_BTK = scores_BTX.topk(k, dim=-1)
+        if settings.scoring_func == "softmax" and not settings.norm_topk_prob:
+            kept_BTK = scoring(scores_BTX).gather(-1, ids_BTK)
+        else:
+            # The softmax of the kept is the softmax of all, divided by the sum of the kept.
+            kept_BTK = scoring(kept_BTK)
+    selected_BTX, columns = None, settings.num_columns
+    if shut:
+        # Fewer than k columns may be open.
+        shut_X = constant(shut, ids_BTK.device)
+        kept_BTK = kept_BTK.masked_fill(torch.isin(ids_BTK, shut_X), 0.0)
+        selected_BTX = _marked(scores_BTX, ids_BTK).index_fill(-1, shut_X, False)
+    if settings.norm_topk_prob and (settings.scoring_func != "softmax" or bias_X is not None):
+        kept_BTK = _normalised(kept_BTK)
+    if settings.scaling_factor != 1.0:
+        kept_BTK = kept_BTK * settings.scaling_factor
+    if settings.null_expert:
+        kept_BTK = kept_BTK.masked_fill(ids_BTK == len(settings.routed), 0.0)
+    if settings.shared:
+        # Without shared experts the columns already are the experts' numbers, and the null expert's is E.
+        selected_BTX = _marked(scores_BTX, ids_BTK) if selected_BTX is None else selected_BTX
+        experts_X = constant((*settings.routed, settings.num_experts), ids_BTK.device)
+        shared_K = constant(settings.shared, ids_BTK.device).expand(*ids_BTK.shape[:-1], -1)
+        ids_BTK = torch.cat([experts_X[ids_BTK], shared_K], dim=-1)
+        kept_BTK = torch.cat([kept_BTK, torch.ones_like(shared_K, dtype=kept_BTK.dtype)], dim=-1)
+        columns = 0
+    return Routing(
+        selected=selected_BTX,
+        expert_ids=ids_BTK,
+        expert_weights=kept_BTK,
+        experts=settings.num_experts,
+        columns=columns,
+        abstains=settings.null_expert,
+    )
+
+
+def _marked(scores_BTX: Tensor, ids_BTK: Tensor) -> Tensor:
+    return torch.zeros_like(scores_BTX, dtype=torch.bool).scatter_(-1, ids_BTK, True)
+
+
+def _dense(
+    scores_BTX: Tensor,
+    settings: RouterSettings,
+    bias_X: Tensor | None,
+    real_BT: Tensor | None,
+    shut: tuple[int, ...],
+) -> Routing:
+    """All columns' weights, with zeros where the selection has no fixed size."""
     dense_BTX = SCORING_FUNCS[settings.scoring_func](scores_BTX)
-    if shut and (nobody or settings.scoring_func == "none"):
+    shut_X = constant(shut, dense_BTX.device) if shut else None
+    if shut_X is not None and (len(shut) == settings.num_columns or settings.scoring_func == "none"):
         dense_BTX = dense_BTX.index_fill(-1, shut_X, 0.0)
-    weights_BTX, selected_BTX, ids_BTK = dense_BTX, None, None
+    weights_BTX, selected_BTX = dense_BTX, None
     if settings.is_sparse:
-        bias_X = bias_X if bias_X is None or not closed else bias_X.index_fill(-1, shut_X, -math.inf)
-        selected_BTX, ids_BTK = _selected(scores_BTX, dense_BTX, settings, bias_X, real_BT)
-        if closed:
+        selected_BTX = _selected(scores_BTX, dense_BTX, settings, bias_X, real_BT)
+        if shut_X is not None:
             selected_BTX = selected_BTX.index_fill(-1, shut_X, False)
         weights_BTX = torch.where(selected_BTX, dense_BTX, torch.zeros_like(dense_BTX))
-    if settings.norm_topk_prob:
+    if settings.norm_topk_prob and (settings.is_sparse or settings.scoring_func != "softmax"):
         weights_BTX = _normalised(weights_BTX)
     if settings.straight_through:
         soft_BTX = _normalised(dense_BTX) if settings.norm_topk_prob else dense_BTX
         weights_BTX = weights_BTX.detach() + (soft_BTX - soft_BTX.detach())
-    gates_BTE = _as_gates(weights_BTX * settings.scaling_factor, settings)
-    routing = Routing(gates=gates_BTE, logits=logits_BTX, selected=selected_BTX)
-    # Straight-through gates have gradients at the experts that were left out, too.
-    if ids_BTK is not None and not (settings.straight_through and gates_BTE.requires_grad):
-        routing.expert_ids, routing.expert_weights = _chosen(ids_BTK, gates_BTE, settings)
-    return routing
+    if settings.scaling_factor != 1.0:
+        weights_BTX = weights_BTX * settings.scaling_factor
+    return Routing(_as_gates(weights_BTX, settings), selected=selected_BTX)
 
 
 def _selected(
@@ -112,30 +181,15 @@ def _selected(
     settings: RouterSettings,
     bias_X: Tensor | None,
     real_BT: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Which columns are kept, [B, T, X], and their numbers [B, T, K] where they are equally many."""
+) -> Tensor:
     if settings.topk_method == "top_p":
-        return _top_p(dense_BTX, float(settings.top_p or 1.0)), None
+        return _top_p(dense_BTX, float(settings.top_p or 1.0))
     k = settings.top_k or settings.num_columns
     if settings.topk_method == "expert_choice":
-        return _expert_choice(dense_BTX, k, real_BT), None
-    # Of the logits: large scores are all 1.0 after a sigmoid, and would tie.
+        return _expert_choice(dense_BTX, k, real_BT)
     ranking_BTX = logits_BTX if bias_X is None else dense_BTX + bias_X
     ids_BTK = ranking_BTX.topk(k, dim=-1).indices
-    return torch.zeros_like(dense_BTX, dtype=torch.bool).scatter_(-1, ids_BTK, True), ids_BTK
-
-
-def _chosen(ids_BTK: Tensor, gates_BTE: Tensor, settings: RouterSettings) -> tuple[Tensor, Tensor]:
-    """Columns to experts, and those that are always on behind them; a null expert's number is E."""
-    if settings.shared:
-        # Without shared experts the columns already are the experts' numbers, and the null expert's is E.
-        experts_X = constant((*settings.routed, settings.num_experts), ids_BTK.device)
-        shared_K = constant(settings.shared, ids_BTK.device).expand(*ids_BTK.shape[:-1], -1)
-        ids_BTK = torch.cat([experts_X[ids_BTK], shared_K], dim=-1)
-    if not settings.null_expert:
-        return ids_BTK, gates_BTE.gather(-1, ids_BTK)
-    found_BTK = gates_BTE.gather(-1, ids_BTK.clamp_max(settings.num_experts - 1))
-    return ids_BTK, torch.where(ids_BTK < settings.num_experts, found_BTK, 0.0)
+    return _marked(dense_BTX, ids_BTK)
 
 
 def constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
@@ -178,9 +232,9 @@ def _expert_choice(probabilities_BTX: Tensor, k: int, real_BT: Tensor | None) ->
 
 def _as_gates(weights_BTX: Tensor, settings: RouterSettings) -> Tensor:
     """Columns to experts: the null column is dropped, shared experts weigh 1."""
-    routed = settings.routed
     if not settings.shared:
-        return weights_BTX[..., : settings.num_experts]
+        return weights_BTX[..., : settings.num_experts] if settings.null_expert else weights_BTX
+    routed = settings.routed
     parts = dict(zip(routed, weights_BTX.unbind(-1), strict=False))
     ones = torch.ones_like(weights_BTX[..., 0]) if routed or settings.null_expert else None
     columns = [parts.get(index, ones) for index in range(settings.num_experts)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class RouterSettings:
         input_norm: whether inputs are divided by their root mean square first.
         hidden_size: width of the hidden layer of scorers that have one.
         init_std: standard deviation of the scorer's initial weights; 0 starts from equal scores.
+        routed: follows from these: indices of the experts that have a column, in the order of the columns.
+        num_columns: follows: X, the routed experts, plus the null expert where there is one.
+        missing_columns: follows: columns of experts that this layer does not have.
+        is_sparse: follows: whether a decision leaves columns out.
     """
 
     scorer: str
@@ -54,26 +58,19 @@ class RouterSettings:
     hidden_size: int = 64
     init_std: float = 0.0
 
-    @property
-    def routed(self) -> tuple[int, ...]:
-        """Indices of the experts that have a column, in the order of the columns."""
-        return tuple(index for index in range(self.num_experts) if index not in self.shared)
+    # Made once: a decision asks for them many times, and a compiler reads plain values best.
+    routed: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    num_columns: int = field(init=False, repr=False, compare=False)
+    missing_columns: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    is_sparse: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def num_columns(self) -> int:
-        """X: the routed experts, plus the null expert where there is one."""
-        return len(self.routed) + int(self.null_expert)
-
-    @property
-    def missing_columns(self) -> tuple[int, ...]:
-        """Columns of experts that this layer does not have."""
-        if self.present is None:
-            return ()
-        return tuple(column for column, expert in enumerate(self.routed) if expert >= self.present)
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether a decision leaves columns out."""
-        if self.topk_method != "greedy":
-            return True
-        return self.top_k is not None and self.top_k < self.num_columns - len(self.missing_columns)
+    def __post_init__(self) -> None:
+        routed = tuple(index for index in range(self.num_experts) if index not in self.shared)
+        columns = len(routed) + int(self.null_expert)
+        present = self.num_experts if self.present is None else self.present
+        missing = tuple(column for column, expert in enumerate(routed) if expert >= present)
+        kept = columns if self.top_k is None else self.top_k
+        sparse = self.topk_method != "greedy" or kept < columns - len(missing)
+        made = {"routed": routed, "num_columns": columns, "missing_columns": missing, "is_sparse": sparse}
+        for name, value in made.items():
+            object.__setattr__(self, name, value)

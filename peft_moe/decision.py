@@ -1,0 +1,117 @@
+"""One routing decision: gates of all experts, or the chosen ones. The letters are explained in `routing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Routing:
+    """One routing decision: the only value that goes from a router to ops, losses and reports.
+
+    A decision that keeps k experts per token is held by their numbers and weights alone; the dense tensors
+    are made when somebody asks for them.
+
+    Attributes:
+        gates: weights of the experts, float32, [B|1, T|1, E]; a size of 1 means "the same for all".
+        logits: scores before the selection, float32, [B|1, T|1, X]; None where nothing was scored.
+        selected: which columns the selector kept, bool, [B|1, T|1, X]; None for dense gates.
+        running: the summary of the text that led to it, [B, T, I], for a router that continues it in the
+            next step; else None.
+        expert_ids: where every token keeps equally many experts, which ones, long [B|1, T|1, K]: distinct,
+            in no order, experts that are always on among them. E stands for "no expert" (the null expert).
+        expert_weights: their gates, [B|1, T|1, K]; 0 for "no expert". All other gates are zero.
+        abstains: whether "no expert" may be among them.
+    """
+
+    def __init__(
+        self,
+        gates: Tensor | None = None,
+        logits: Tensor | None = None,
+        selected: Tensor | None = None,
+        running: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+        expert_weights: Tensor | None = None,
+        *,
+        experts: int = 0,
+        columns: int = 0,
+        abstains: bool = True,
+    ) -> None:
+        """Of a sparse decision that comes without ``gates``, ``experts`` is E.
+
+        Where ``expert_ids`` are the numbers of the kept columns as well, ``columns`` is X, and ``selected``
+        is made from them. ``abstains`` says whether "no expert" may be among them.
+        """
+        self.logits, self.running = logits, running
+        self.expert_ids, self.expert_weights = expert_ids, expert_weights
+        self._experts = experts if gates is None else gates.shape[-1]
+        self._columns, self.abstains = columns, abstains
+        self._gates, self._selected = gates, selected
+
+    @property
+    def gates(self) -> Tensor:
+        """Weights of all experts."""
+        if self._gates is not None:
+            return self._gates
+        ids, weights = self.expert_ids, self.expert_weights
+        assert ids is not None, "a decision without gates names experts"
+        assert weights is not None
+        room = weights.new_zeros(*weights.shape[:-1], self._experts + 1)
+        gates = room.scatter(-1, ids, weights)[..., : self._experts]
+        # Made without a graph, they must not be kept for somebody who needs one.
+        if torch.is_grad_enabled() or not weights.requires_grad:
+            self._gates = gates
+        return gates
+
+    @property
+    def selected(self) -> Tensor | None:
+        """Which columns were kept."""
+        ids = self.expert_ids
+        if self._selected is None and self._columns and ids is not None:
+            room = torch.zeros(*ids.shape[:-1], self._columns, dtype=torch.bool, device=ids.device)
+            self._selected = room.scatter_(-1, ids, True)
+        return self._selected
+
+    @property
+    def is_constant(self) -> bool:
+        """True where one row of gates serves every token of every sequence."""
+        some = self.gates if self.expert_ids is None else self.expert_ids
+        return some.dim() == 3 and some.shape[0] == 1 and some.shape[1] == 1
+
+    def replace(self, **changes: Tensor | None) -> Routing:
+        """The same decision with other tensors, by the names of the arguments."""
+        held: dict[str, Any] = {
+            "gates": self._gates,
+            "logits": self.logits,
+            "selected": self._selected,
+            "running": self.running,
+            "expert_ids": self.expert_ids,
+            "expert_weights": self.expert_weights,
+        }
+        return Routing(
+            **{**held, **changes}, experts=self._experts, columns=self._columns, abstains=self.abstains
+        )
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Routing:
+        """The same decision with ``move`` applied to each of its tensors, along B and T."""
+        made = (self._gates, self.logits, self._selected, self.running, self.expert_ids, self.expert_weights)
+        moved = (None if t is None else move(t) for t in made)
+        return Routing(*moved, experts=self._experts, columns=self._columns, abstains=self.abstains)
+
+    def bare(self) -> Routing:
+        """Only what the layers need of it."""
+        gates = self._gates if self.expert_ids is None else None
+        return Routing(
+            gates,
+            expert_ids=self.expert_ids,
+            expert_weights=self.expert_weights,
+            experts=self._experts,
+            abstains=self.abstains,
+        )
+
+    def detach(self) -> Routing:
+        """The same decision, cut off from the graph that made it."""
+        return self.map(Tensor.detach)

@@ -1,0 +1,44 @@
+"""Scores of a narrow input: the numbers and gradients of plain autograd, and no wide copy of the input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import graph
+from torch.nn import functional
+
+from peft_moe.routers.wide_linear import wide_linear, widened
+
+
+def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(0)
+    made = (
+        torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((2, 5, 12), (4, 12), (4,))
+    )
+    x, weight, bias = made
+    wide = torch.promote_types(dtype, torch.float32)
+    return x.to(dtype).requires_grad_(), weight.to(wide).requires_grad_(), bias.to(wide).requires_grad_()
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_gradients(normed: bool) -> None:
+    assert torch.autograd.gradcheck(lambda *given: wide_linear(*given, normed), drawn(torch.float64))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_autograd_agrees_and_only_the_input_is_kept(dtype: torch.dtype, normed: bool) -> None:
+    x, weight, bias = drawn(dtype)
+    kept: list[torch.Tensor] = []
+    with graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        scores = wide_linear(x, weight, bias, normed)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr()}
+    plain = functional.linear(widened(x, normed), weight, bias)
+    assert torch.equal(scores, plain)
+    direction = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(scores, (x, weight, bias), direction)
+    wanted = torch.autograd.grad(plain, (x, weight, bias), direction)
+    for one, other in zip(found, wanted, strict=True):
+        # One rounding to the input's dtype apart, and float32 sums in another order.
+        bound = 8e-3 if one.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(one, other, atol=bound, rtol=bound)
