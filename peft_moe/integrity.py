@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import PeftMoeError
 from .experts.plan import ExpertPlan
@@ -141,6 +142,9 @@ def check_arrived(
             config describes.
     """
     layers = _layers(model, adapter)
+    # A plan traces a mixture without any bytes.
+    if any(isinstance(layer.molora_A[adapter].weight, FakeTensor) for layer in layers.values()):
+        return False
     # The loader overwrites all of a tensor, on whatever path; until then it is empty or NaN.
     if all(_is_missing(layer.molora_A[adapter].weight) for layer in layers.values()):
         return False
