@@ -155,8 +155,19 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         return [ExpertSpec.from_record(record) for record in self.records()]
 
     @property
+    def trains(self) -> list[bool]:
+        """Of each expert, whether its own weights train."""
+        own = [record.get("trains") for record in self.records()] or [None] * self.num_experts
+        return [self.experts_default if one is None else bool(one) for one in own]
+
+    @property
     def experts_train(self) -> bool:
-        """Whether the experts' own weights train."""
+        """Whether any expert's own weights train."""
+        return any(self.trains)
+
+    @property
+    def experts_default(self) -> bool:
+        """Whether experts train of which nothing else is said."""
         if self.train_experts is not None:
             return self.train_experts
         return isinstance(self.experts, int) or (

@@ -106,6 +106,11 @@ def _check_record(record: dict[Any, Any]) -> None:
             f"experts: the record of {record.get('name')!r} has unknown fields {unknown}, which could change "
             "the result; upgrade peft-moe, or remove them"
         )
+    if not _optional(_is_bool)(record.get("trains")):
+        raise PeftMoeError(
+            f"experts: the record of {record.get('name')!r} has trains={record['trains']!r}, which must be "
+            "True, False or left out"
+        )
     for key in ("r", "lora_alpha"):
         wanted, valid = _VALID[key]
         if key in record and not valid(record[key]):

@@ -6,6 +6,7 @@ sizes. Letters: N tokens, I in, O out, R total rank, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PeftMoeError
+from .experts.held import held_rows, hold, trained_part
 from .limits import refuse_merged, refuse_passing, refuse_unheard
 from .linear import as_linear, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
@@ -35,7 +37,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("rank_maps", "scopes", "below_tap", "constant_routers", "backends")
+    other_param_names = ("rank_maps", "scopes", "below_tap", "constant_routers", "backends", "held")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -58,6 +60,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.below_tap: dict[str, bool] = {}
         # Routers that this layer shares with others and whose gates do not depend on the input.
         self.constant_routers: dict[str, Any] = {}
+        # Ranks of experts that stay as they are while others train.
+        self.held: dict[str, Tensor | None] = {}
         # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
         self.awaited: set[str] = set()
         self._start_empty()
@@ -71,7 +75,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         *,
         scope: str,
         router: Router | None,
-        experts_train: bool,
+        trains: Sequence[bool],
         below_tap: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -83,7 +87,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             rank_map: which rank belongs to which expert.
             scope: who decides: "module", "block" or "model".
             router: this layer's own router, for scope "module"; None where it is shared.
-            experts_train: False declares the experts frozen to PEFT, which then keeps them so.
+            trains: of each expert, whether it trains. If none does, all are declared frozen to PEFT, which
+                then keeps them so; else those that do not are held still.
             below_tap: this layer follows the prompt's decision of scope "model".
             backend: how the mixture is computed.
         """
@@ -93,12 +98,19 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.scopes[adapter] = scope
         self.below_tap[adapter] = below_tap
         self.backends[adapter] = backend
-        frozen: tuple[str, ...] = () if experts_train else ("molora_A", "molora_B")
         if router is not None:
             self.molora_router[adapter] = router
-            if not router.trainable:
-                frozen += ("molora_router",)
+        self.set_trained(adapter, trains)
+
+    def set_trained(self, adapter: str, trains: Sequence[bool]) -> None:
+        """Say which experts train, in the mixture's order; what trains now, PEFT's switches decide."""
+        frozen: tuple[str, ...] = () if any(trains) else ("molora_A", "molora_B")
+        if adapter in self.molora_router and not self.molora_router[adapter].trainable:
+            frozen += ("molora_router",)
         self.frozen_peft_weight_names[adapter] = frozen
+        self.held[adapter] = held_rows(self.rank_maps[adapter], trains)
+        for side in (self.molora_A, self.molora_B):
+            hold(side[adapter].weight, self.held[adapter])
 
     def _home(self, adapter: str) -> nn.Module | None:
         base_layer: nn.Module = self.get_base_layer()
@@ -140,10 +152,10 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def _apply_experts(self, adapter: str, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
+        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
         mixed_NO = mix(
             x.reshape(tokens, x.shape[-1]),
-            self.molora_A[adapter].weight,
-            self.molora_B[adapter].weight,
+            *trained_part(A, B, self.held.get(adapter)),
             None if routing.expert_ids is not None else per_token(routing.gates, x, tokens),
             self.rank_maps[adapter],
             result.reshape(tokens, result.shape[-1]),

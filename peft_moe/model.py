@@ -114,7 +114,7 @@ class MoLoraModel(Controlled, BaseTuner):
             rank_map,
             scope=scope,
             router=router,
-            experts_train=peft_config.experts_train,
+            trains=peft_config.trains,
             below_tap=below and peft_config.router_below_tap == "prompt",
             backend=peft_config.backend,
         )
@@ -156,7 +156,7 @@ class MoLoraModel(Controlled, BaseTuner):
             width = _hidden_size(model, layers)
             seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
         if config.router_scope == "block":
-            seats += _seat_blocks(model, adapter, depth, layers)
+            seats += seat_blocks(model, adapter, depth, layers)
         if config.router_granularity != "token" or config.router_below_tap == "prompt":
             seat.per_prompt.add(adapter)
         if config.router_granularity == "running":
@@ -252,9 +252,10 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
         )
 
 
-def _seat_blocks(
+def seat_blocks(
     model: nn.Module, adapter: str, depth: Depth, layers: dict[str, MoLoraLayer]
 ) -> list[SharedRouter]:
+    """Give each block of these layers a router, which reads what the first of them reads."""
     seats: dict[str, SharedRouter] = {}
     for name, layer in layers.items():
         block_name = name.rpartition(".")[0]

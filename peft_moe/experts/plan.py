@@ -106,10 +106,10 @@ def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
 
 
 def _record(config: MoLoraConfig, plan: ExpertPlan) -> None:
-    config.train_experts = config.experts_train
-    if config.experts_train:
-        for spec in plan.specs:
-            spec.digest = None  # soon no longer theirs
+    for spec, trains in zip(plan.specs, config.trains, strict=True):
+        if trains:
+            spec.digest = None  # soon no longer its own
+    config.train_experts = config.experts_default
     config.experts = [spec.to_record() for spec in plan.specs]
 
 

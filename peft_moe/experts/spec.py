@@ -39,6 +39,7 @@ class ExpertSpec:
         base_model: the base that the adapter says it was trained on.
         r, lora_alpha, use_rslora, rank_pattern, alpha_pattern: as in ``LoraConfig``.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in ``LoraConfig``.
+        trains: whether this expert's own weights train; None follows the mixture's ``train_experts``.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ExpertSpec:
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    trains: bool | None = None
 
     def rank_in(self, module_name: str) -> int:
         """Rank of this expert in the base's module ``module_name``; 0 if it does not adapt it."""
