@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -160,7 +160,7 @@ def open_experts(
         for file in files:
             file.check_values()
             file.spec.sha256 = file_sha256(file.path)
-        _warn_of_duplicates(files)
+        warn_of_twins([file.spec for file in files])
         opened.pop_all()  # all is well: the caller closes them
     return files
 
@@ -201,10 +201,11 @@ def spec_of(source: Source, config: Mapping[str, Any]) -> ExpertSpec:
     )
 
 
-def _warn_of_duplicates(files: list[ExpertFile]) -> None:
-    first: dict[str | None, str] = {}
-    for file in files:
-        twin = first.setdefault(file.spec.sha256, file.spec.name)
-        if twin != file.spec.name:
-            text = f"experts {twin!r} and {file.spec.name!r} have the same {WEIGHTS_FILE}"
+def warn_of_twins(specs: Iterable[ExpertSpec]) -> None:
+    """Say so if two experts were read from the same bytes."""
+    first: dict[str, str] = {}
+    for spec in specs:
+        twin = first.setdefault(spec.sha256, spec.name) if spec.sha256 else spec.name
+        if twin != spec.name:
+            text = f"experts {twin!r} and {spec.name!r} have the same {WEIGHTS_FILE}"
             warnings.warn(f"{text}: a router cannot tell them apart.", stacklevel=3)

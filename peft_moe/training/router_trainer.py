@@ -88,6 +88,7 @@ class RouterTrainerMixin:
             state = RouterState()
             callbacks.add_callback(state)
             callbacks.add_callback(AroundSteps(self._begin, self._after_step))
+        self._experts = self.mixture.expert_names
         self._routers: dict[str, Router] = dict(named_routers(self.model, self.adapter_name))
         self._movers = Movers(self.mixture, self._routers, state.values)
         self._terms = AuxiliaryTerms(self.mixture, self.adapter_name, state.values)
@@ -124,6 +125,8 @@ class RouterTrainerMixin:
         num_items_in_batch: Any = None,
     ) -> Any:
         """The trainer's loss plus the weighted terms of this pass."""
+        if self.mixture.expert_names != self._experts:
+            self._begin()  # experts came or went since: other routers, other columns
         check_checkpointing(self.model, self.mixture)
         domains, labels = inputs.pop(DOMAIN_INDEX, None), inputs.get("labels")
         training = self.model.training

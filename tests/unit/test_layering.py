@@ -48,7 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "integrity",
         "experts",
     ),
-    4: ("model", "fitting"),
+    4: ("model", "fitting", "editing"),
     5: ("registration", "training", "evaluation", "catalogue", "mixfile", "planning"),
     6: ("cli", "commands", "console", "demo", "__init__", "__main__"),
 }
