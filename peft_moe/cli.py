@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .commands.edit import add_expert, remove_expert, rename_expert, reorder_experts, replace_expert
 from .commands.extract import extract
 from .commands.inspect import inspect
 from .commands.mix import mix
@@ -82,6 +83,8 @@ app.command()(extract)
 app.command()(inspect)
 app.command()(mix)
 app.command()(plan)
+for edited in (add_expert, remove_expert, replace_expert, rename_expert, reorder_experts):
+    app.command()(edited)
 
 
 def run() -> None:
