@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,16 @@ from support.zoo import Zoo
 from torch import nn
 
 from peft_moe.four_bit import keep_unpacked
+from peft_moe.routers.registry import _SCORERS
+
+
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[dict[str, type]]:
+    """Routers that a test registers are gone after it: other tests list what is registered."""
+    before = dict(_SCORERS)
+    yield _SCORERS
+    _SCORERS.clear()
+    _SCORERS.update(before)
 
 
 @pytest.fixture(scope="session")

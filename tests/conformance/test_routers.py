@@ -11,17 +11,13 @@ from torch import nn
 
 from peft_moe import PeftMoeError, Scorer, register_router, testing
 from peft_moe.routers import available_scorers
-from peft_moe.routers.registry import _SCORERS
 from peft_moe.testing import CHECKS, RouterCheckError, check_router
 
 
 @pytest.fixture
-def custom():
+def custom(registry):
     """Registers a class as "custom" for one test."""
-    before = dict(_SCORERS)
-    yield register_router("custom")
-    _SCORERS.clear()
-    _SCORERS.update(before)
+    return register_router("custom")
 
 
 @pytest.mark.parametrize("name", available_scorers())

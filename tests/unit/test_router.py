@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.routers import PRESETS, Router, RouterSettings, Scorer, available_scorers, register_router
-from peft_moe.routers.registry import _SCORERS, scorer_class
+from peft_moe.routers.registry import scorer_class
 from peft_moe.routing import RoutingContext
 
 WIDTH = 6
@@ -24,15 +24,6 @@ def router(scorer="linear", seed=0, **fields):
 
 def tokens(dtype=torch.float32, shape=(2, 5, WIDTH)):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-@pytest.fixture
-def registry():
-    """Puts the catalogue of scorers back after the test."""
-    before = dict(_SCORERS)
-    yield _SCORERS
-    _SCORERS.clear()
-    _SCORERS.update(before)
 
 
 CASTS = {
