@@ -20,8 +20,11 @@ from peft_moe.routers import registry
 
 # One with rank-stabilised scaling first, ranks 8 and 16, one that adapts attention only.
 EXPERTS = ("date", "reverse", "query")
-METHODS = "uniform,merge-cat-mean,merge-linear,context-fitted,linear,peft-xlora,one-wide-lora"
-SCORED = {"uniform", "merge-cat-mean", "context-fitted", "linear", "peft-xlora", "one-wide-lora"}
+METHODS = (
+    "uniform,merge-cat-mean,merge-linear,context-fitted,linear,peft-xlora,one-wide-lora,wide-lora-same-steps"
+)
+WIDE = {"one-wide-lora", "wide-lora-same-steps"}
+SCORED = {"uniform", "merge-cat-mean", "context-fitted", "linear", "peft-xlora", *WIDE}
 
 
 class Broken(Scorer):
@@ -123,6 +126,8 @@ def test_costs_are_told(folder: Path) -> None:
     assert cost["context-fitted"]["trainable"] == (192 + 1) * (len(EXPERTS) + 1)  # and one for no expert
     # Rank 8 + 16 + 16 on all linear layers of 6 blocks, 192 wide, 512 in the MLP.
     assert cost["one-wide-lora"]["trainable"] == 40 * 6 * (4 * 2 * 192 + 3 * (192 + 512))
+    assert cost["wide-lora-same-steps"]["trainable"] == cost["one-wide-lora"]["trainable"]
+    assert losses(folder, "wide-lora-same-steps-0") != losses(folder, "one-wide-lora-0")  # other steps
     assert all(one["tokens_per_second"] > 0 for name, one in cost.items() if name != "oracle")
 
 

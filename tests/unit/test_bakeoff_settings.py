@@ -120,7 +120,9 @@ def test_the_table_of_methods() -> None:
     assert group["uniform"] == group["merge-cat-mean"] == group["peft-arrow"] == NO_DATA
     assert group["context-fitted"] == FITTED
     assert group["context-fitted-trained"] == group["peft-xlora"] == TRAINED
-    assert group["one-wide-lora"] == RETRAINED
+    assert group["one-wide-lora"] == group["wide-lora-same-steps"] == RETRAINED
+    assert methods["one-wide-lora"].own_budget
+    assert not methods["wide-lora-same-steps"].own_budget
     assert methods["linear"].varies
     assert not methods["uniform"].varies
     assert methods["context-fitted-trained"].learning_rate == pytest.approx(2e-3)
@@ -145,6 +147,8 @@ def test_a_methods_file_adds_changes_and_removes(tmp_path) -> None:
         ({"mixture": {}, "merge": {}}, "must be one of them"),
         ({"mixture": {}, "trian": True}, "'trian' is not known. Did you mean 'train'"),
         ({"mixture": {}, "train": {"steps": 9}}, "is the same for all"),
+        ({"mixture": {}, "budget": "train"}, "of a width method alone"),
+        ({"width": {}, "budget": "routers"}, "budget='routers'.*'train'"),
         ({"mixture": {}, "needs": "label"}, "Did you mean 'labels'"),
         ("uniform", "write it as"),
     ],

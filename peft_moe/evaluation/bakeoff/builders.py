@@ -114,12 +114,13 @@ class Workshop:
     def _train(self, model: nn.Module, one: Contestant, seed: int) -> list[float]:
         from .training import train
 
-        wide, plan = one.kind == "width", self.settings.train
+        wide, plan = one.own_budget, self.settings.train
         samples = self.texts.train
         if wide:  # no more than it will see: preparing all takes longer than a short training
             seen = min(len(self.texts.pool), self.settings.width.steps * self.settings.width.batch_size)
             samples = random.Random(seed).sample(self.texts.pool, seen)
         budget = self.settings.width if wide else plan
+        rate = self.settings.width.learning_rate if one.kind == "width" else plan.learning_rate
         return train(
             model,
             one.kind,
@@ -127,7 +128,7 @@ class Workshop:
             self.tokenizer,
             steps=budget.steps,
             batch_size=budget.batch_size,
-            learning_rate=one.learning_rate or budget.learning_rate,
+            learning_rate=one.learning_rate or rate,
             max_length=plan.max_length,
             bf16=plan.bf16,
             robust=one.robust,

@@ -20,7 +20,7 @@ NO_DATA, FITTED, TRAINED, RETRAINED, REFERENCE = "no data", "fitted", "trained",
 EFFORT = (NO_DATA, FITTED, TRAINED, RETRAINED)
 """Groups of methods, from the least to the most that they ask for."""
 _NEEDS = {"nothing": NO_DATA, "labels": FITTED, "text": TRAINED}
-_KEYS = (*KINDS, "fit", "train", "varies", "needs")
+_KEYS = (*KINDS, "fit", "train", "varies", "needs", "budget")
 _ROBUST = ("generic_share", "domain_randomisation", "switching_share")
 
 
@@ -38,6 +38,8 @@ class Contestant:
         robust: a mixture's own options of ``training.robustness``, by name.
         varies: whether it runs once per seed.
         group: one of `EFFORT`, or `REFERENCE`.
+        routers_budget: of a wide LoRA, whether it has the routers' samples and steps, not all data and
+            `Settings.width`.
     """
 
     name: str
@@ -49,6 +51,12 @@ class Contestant:
     robust: dict[str, float] = field(default_factory=dict)
     varies: bool = False
     group: str = REFERENCE
+    routers_budget: bool = False
+
+    @property
+    def own_budget(self) -> bool:
+        """Whether it trains by `Settings.width` instead of `Settings.train`."""
+        return self.kind == "width" and not self.routers_budget
 
     @property
     def file_stem(self) -> str:
@@ -57,7 +65,8 @@ class Contestant:
 
     def identity(self) -> dict[str, Any]:
         """What decides its scores, as plain data."""
-        skipped = ("name", "varies", "group", *(() if self.robust else ("robust",)))
+        seldom = [name for name in ("robust", "routers_budget") if not getattr(self, name)]
+        skipped = ("name", "varies", "group", *seldom)
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 
@@ -111,6 +120,12 @@ def contestant(name: str, entry: Mapping[str, Any]) -> Contestant:
     needs = entry.get("needs", "text" if train else "labels" if fit else "nothing")
     if needs not in _NEEDS:
         raise PeftMoeError(f"method {name!r}: needs={needs!r} is not known.{near_matches(needs, _NEEDS)}")
+    budget = entry.get("budget", "width")
+    if budget not in ("width", "train") or ("budget" in entry and kind != "width"):
+        raise PeftMoeError(
+            f"method {name!r}: budget={budget!r}; of a width method alone, 'width' (its own steps on all "
+            "data) or 'train' (the routers' samples and steps)"
+        )
     return Contestant(
         name=name,
         kind=kind,
@@ -121,6 +136,7 @@ def contestant(name: str, entry: Mapping[str, Any]) -> Contestant:
         robust={key: float(own[key]) for key in _ROBUST if key in own},
         varies=bool(entry.get("varies", train)),
         group=RETRAINED if kind == "width" else _NEEDS[needs],
+        routers_budget=budget == "train",
     )
 
 

@@ -70,7 +70,9 @@ class Fingerprints:
             parts["samples"] = self.samples
         if one.train:
             parts["train"] = asdict(self.settings.train)
-        if one.kind == "width":
+        if one.routers_budget:
+            parts["learning_rate"] = self.settings.width.learning_rate
+        if one.own_budget:
             parts |= {"samples": self.pool, "width": asdict(self.settings.width)}
             parts["train"] = [self.settings.train.max_length, self.settings.train.bf16]
         return digest(parts)

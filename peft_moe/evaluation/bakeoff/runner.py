@@ -111,7 +111,7 @@ class Runner:
             self.outcome.records[one.name] = found
 
     def _excused(self, one: Contestant) -> str | None:
-        if one.kind == "width" and self.settings.width.steps == 0:
+        if one.own_budget and self.settings.width.steps == 0:
             return "set width.steps to the sum of the experts' own steps"
         return not_yet(one)
 
