@@ -138,7 +138,7 @@ class _Grouped(torch.autograd.Function):
             weights_NK,
             ids_NK,
             h_PW if for_gates or for_B else None,
-            groups.order,
+            _short(groups.order),
             groups.ends,
         )
         ctx.ranks, ctx.wide, ctx.x_shape, ctx.dtypes = ranks, wide, x_NI.shape, (x_NI.dtype, A_RI.dtype)
@@ -153,7 +153,7 @@ class _Grouped(torch.autograd.Function):
         for_x, for_A, for_B, for_gates, for_base = ctx.needs_input_grad[:5]
         dx_NI = dA_RI = dB_RO = dweights_NK = None
         with torch.autocast(dy_NO.device.type, enabled=False):
-            groups = regroup(order, ids_NK, ranks, ctx.way, ends, ctx.counts)
+            groups = regroup(order.long(), ids_NK, ranks, ctx.way, ends, ctx.counts)
             wide_NO = dy_NO.to(wide).contiguous()
             if for_x or for_A or for_gates:
                 dhg_PW = groups.up(wide_NO, B_RO.to(wide))
@@ -168,6 +168,11 @@ class _Grouped(torch.autograd.Function):
             if for_B:
                 dB_RO = groups.outer(_gated(h_PW, weights_NK, ids_NK, groups), wide_NO).to(B_RO.dtype)
         return dx_NI, dA_RI, dB_RO, dweights_NK, dy_NO if for_base else None, None, None, None
+
+
+def _short(order: Tensor) -> Tensor:
+    """The same numbers in as few bytes as hold them."""
+    return order.to(torch.uint16 if len(order) < 2**16 else torch.int32)
 
 
 def _weight_gradient(
