@@ -75,7 +75,7 @@ def _slabs(
     if ranks.equal:
         experts = len(ranks.ranks)
         absent = (ids_SK == experts)[..., None] if abstains else None
-        ids = (ids_SK.clamp_max(experts - 1) if abstains else ids_SK).view(-1)
+        ids = (ids_SK.clamp_max(experts - 1) if abstains else ids_SK).flatten()
         # One row per expert: rows are picked several times faster than ranks.
         A_SX, B_SX = (t.reshape(experts, -1).index_select(0, ids) for t in (A_RI, B_RO))
         return A_SX, B_SX, absent

@@ -1,0 +1,178 @@
+"""Every form with chosen experts against the loop in float64: forward, gradients, odd shapes, dtypes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.mixtures import Mixture, distance, draw_mixture, poisoned
+from torch import Tensor
+
+from peft_moe.errors import PeftMoeError
+from peft_moe.ops import FORMS, mix
+
+CHOSEN_FORMS = ["stacked", "grouped", "gather"]
+# (tokens, in, out, ranks, chosen): odd sizes, unequal ranks, experts without ranks, one token, all chosen;
+# "native" fits torch's grouped GEMM in float32, and has bins in narrower dtypes.
+SHAPES = [
+    pytest.param(37, 40, 48, (4,) * 5, 2, id="native"),
+    pytest.param(37, 33, 65, (2, 0, 7, 4), 3, id="unequal"),
+    pytest.param(37, 9, 5, (3,) * 6, 2, id="odd"),
+    pytest.param(1, 24, 40, (3, 0, 5), 1, id="one-token"),
+    pytest.param(3, 16, 16, (8, 8), 2, id="all-chosen"),
+    pytest.param(20, 17, 3, (1, 20, 1), 1, id="one-chosen"),
+    pytest.param(5, 1, 1, (1, 2), 2, id="one-feature"),
+    pytest.param(6, 16, 20, (6,), 1, id="one-expert"),
+]
+# Of the largest entry. Sums of up to 65 products in another order: 65 · 2^-53 and 65 · 2^-24, with room. In
+# narrow dtypes h, the gates, their product and y are rounded, by up to 2^-8 each, or 2^-11 for fp16.
+BOUNDS = [
+    pytest.param(torch.float64, 1e-13, id="fp64"),
+    pytest.param(torch.float32, 1e-5, id="fp32"),
+    pytest.param(torch.bfloat16, 4 * 2**-8, id="bf16"),
+    pytest.param(torch.float16, 4 * 2**-11, id="fp16"),
+]
+
+
+def draw(*args: Any, dtype: torch.dtype, **kwargs: Any) -> Mixture:
+    """As in a model of that dtype: gates are float32 at least."""
+    m = draw_mixture(*args, dtype=dtype, **kwargs)
+    if dtype == torch.float64:
+        m.weights = m.weights.double()
+    return m
+
+
+def call(form: str, m: Mixture, weights: Tensor | None = None) -> Tensor:
+    weights = m.weights if weights is None else weights
+    return mix(m.x, m.a, m.b, None, m.ranks, m.base, expert_ids_NK=m.ids, weights_NK=weights, backend=form)
+
+
+def gradients(run: Any, m: Mixture, direction: Tensor) -> tuple[Tensor, ...]:
+    """Of x, A, B, the base and the chosen weights; those of "no expert" are left out."""
+    leaves = [t.detach().clone().requires_grad_() for t in (m.x, m.a, m.b, m.base, m.weights)]
+    own = Mixture(*leaves[:4], m.ids, leaves[4], m.ranks)
+    found = list(torch.autograd.grad(run(own), leaves, direction, allow_unused=True, materialize_grads=True))
+    found[4] = found[4].masked_fill(m.ids == len(m.ranks.ranks), 0.0)
+    return tuple(found)
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    with poisoned():
+        yield
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
+@pytest.mark.parametrize("form", CHOSEN_FORMS)
+def test_forward_and_gradients(form, tokens, width, out, ranks, chosen, dtype, bound):
+    m = draw(tokens, width, out, ranks, chosen, dtype=dtype)
+    found = call(form, m)
+    assert found.dtype == dtype
+    assert distance(found, m.wanted()) <= bound
+    direction = torch.randn(tokens, out, generator=torch.Generator().manual_seed(5)).to(dtype)
+    mine = gradients(partial(call, form), m, direction)
+    wide = m.wide()
+    loop = gradients(
+        lambda own: mix(own.x, own.a, own.b, own.dense, own.ranks, own.base, backend="reference"),
+        wide,
+        direction.double(),
+    )
+    for name, one, other in zip(("x", "A", "B", "base", "weights"), mine, loop, strict=True):
+        assert distance(one, other) <= bound, name
+
+
+@pytest.mark.parametrize("form", ["stacked", "gather"])
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+def test_one_choice_for_all_tokens(form, dtype, bound):
+    m = draw(19, 24, 40, (8, 3, 8, 5), 2, dtype=dtype, none=False)
+    m.ids, m.weights = m.ids[:1], m.weights[:1]
+    wide = m.wide()
+    gates = wide.weights.new_zeros(1, 4).scatter(1, m.ids, wide.weights)
+    assert distance(call(form, m), m.wanted(gates.expand(19, 4))) <= bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (16,), (2, 5, 0)])
+def test_one_row_of_gates_folds_into_one_lora(ranks, dtype, bound):
+    m = draw_mixture(23, 20, 36, ranks, 1, dtype=dtype)
+    gates = torch.randn(1, len(ranks), generator=torch.Generator().manual_seed(3))
+    gates = gates.double() if dtype == torch.float64 else gates
+    leaves = [t.clone().requires_grad_() for t in (m.x, m.a, m.b, gates)]
+    out = mix(*leaves, m.ranks, m.base, backend="folded")
+    assert distance(out, m.wanted(gates.expand(23, -1))) <= bound
+    direction = torch.randn(23, 36).to(dtype)
+    found = torch.autograd.grad(out, leaves, direction)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    looped = mix(*wide, m.ranks, m.base.double(), backend="reference")
+    for one, other in zip(found, torch.autograd.grad(looped, wide, direction.double()), strict=True):
+        assert distance(one, other) <= bound
+
+
+@pytest.mark.parametrize("form", CHOSEN_FORMS)
+def test_non_contiguous_inputs(form):
+    m = draw_mixture(9, 16, 24, (4, 4, 4), 2)
+    wanted = m.wanted()
+    wide = torch.full((18, 40), float("nan"))
+    wide[::2, :16], wide[1::2, 16:] = m.x, m.base
+    m.x, m.base = wide[::2, :16], wide[1::2, 16:]
+    m.a, m.b, m.ids, m.weights = (t.T.contiguous().T for t in (m.a, m.b, m.ids, m.weights))
+    assert distance(call(form, m), wanted) <= 1e-5
+    direction = torch.ones(1).expand(9, 24)  # as of a sum
+    weights = m.weights.clone().requires_grad_()
+    call(form, m, weights).backward(direction)
+    wanted_dw = m.wanted_gradients(torch.ones(9, 24))[1].masked_fill(m.ids == 3, 0.0)
+    assert distance(weights.grad.masked_fill(m.ids == 3, 0.0), wanted_dw) <= 1e-5
+
+
+@pytest.mark.parametrize("form", CHOSEN_FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_tokens_on_one_expert(form, dtype):
+    m = draw_mixture(75, 24, 16, (4,) * 6, 1, none=False, among=1, dtype=dtype)
+    assert (m.ids == 0).all()
+    assert distance(call(form, m), m.wanted()) <= (1e-5 if dtype == torch.float32 else 4 * 2**-8)
+
+
+@pytest.mark.parametrize("form", CHOSEN_FORMS)
+def test_a_broken_expert_touches_nobody_who_did_not_choose_it(form):
+    m = draw_mixture(40, 24, 16, (4,) * 4, 2, none=False)
+    m.a[4:8] = 1e38  # h of the second expert is infinite
+    out, chose = call(form, m), (m.ids == 1).any(-1)
+    assert chose.any()
+    assert not chose.all()
+    assert not torch.isfinite(out[chose]).all()
+    assert distance(out[~chose], m.wanted()[~chose]) <= 1e-5
+
+
+@pytest.mark.parametrize("form", CHOSEN_FORMS)
+def test_autocast_multiplies_narrow_and_leaves_the_base_dtype(form):
+    m = draw_mixture(33, 24, 16, (8,) * 4, 2)
+    weights = m.weights.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(form, m, weights)
+    out.square().sum().backward()
+    assert out.dtype == torch.float32
+    assert torch.isfinite(weights.grad).all()
+    # x, A, h, its gated copy and B are rounded to bf16; 2^-8 each. And rounded they must be, or the cast is void.
+    assert 1e-5 < distance(out, m.wanted()) <= 5 * 2**-8
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if "triton" not in name])
+def test_a_second_derivative_is_right_or_refused(form):
+    m = draw(7, 8, 8, (4,) * 3, 2, dtype=torch.float64, none=False)
+    gates = m.weights[:1] if form == "folded" else m.weights
+    leaf = gates.clone().requires_grad_()
+    if form == "folded":
+        dense = leaf.new_zeros(1, 3).scatter(1, m.ids[:1], leaf)
+        out = mix(m.x, m.a, m.b, dense, m.ranks, m.base, backend=form)
+    else:
+        out = call(form, m, leaf)
+    (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    if form in ("stacked", "grouped"):
+        with pytest.raises(PeftMoeError, match="second derivative"):
+            first.sum().backward()
+    else:
+        first.sum().backward()
+        assert leaf.grad.abs().max() > 0
