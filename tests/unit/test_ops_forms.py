@@ -155,7 +155,7 @@ def test_autocast_multiplies_narrow_and_leaves_the_base_dtype(form):
     out.square().sum().backward()
     assert out.dtype == torch.float32
     assert torch.isfinite(weights.grad).all()
-    # x, A, h, its gated copy and B are rounded to bf16; 2^-8 each. And rounded they must be, or the cast is void.
+    # x, A, h, its gated copy and B are rounded to bf16, 2^-8 each; rounded they must be, or the cast is void.
     assert 1e-5 < distance(out, m.wanted()) <= 5 * 2**-8
 
 
