@@ -1,10 +1,36 @@
-"""The numbers behind the cost model: what a device of one kind does per second, by dtype."""
+"""The numbers behind the cost model: what a device does per second, by dtype; they lie in devices.json.
+
+`python benchmarks/calibrate.py` measures a device and writes its entry.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import torch
+
+DEVICES = Path(__file__).with_name("devices.json")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel of our own did where it was timed; elsewhere it does not compete.
+
+    Attributes:
+        tokens: from this many on.
+        trains: whether also with gradients.
+        launch: seconds that it costs at least.
+        slabs: times that a chosen expert's factors are read, in equivalents.
+    """
+
+    tokens: int
+    trains: bool
+    launch: float
+    slabs: float
 
 
 @dataclass(frozen=True)
@@ -20,6 +46,7 @@ class Constants:
         launch: seconds that any form costs at least.
         segment: seconds that one expert's tokens cost beside their work.
         sort: seconds for bringing tokens into the order of their experts.
+        kernels: Triton forms that were timed and won somewhere, by name.
     """
 
     flops: float
@@ -30,25 +57,40 @@ class Constants:
     launch: float
     segment: float
     sort: float
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
 
 
-# From the layer grid on a Zen 5 core, one thread: 1024x1024, 512 tokens; held out on three other shapes.
-_CPU_BF16 = Constants(420e9, 34.6e9, 6.4e9, 6.0, 0.80e-9, 20e-6, 27.5e-6, 60e-6)
-_CPU_FP32 = Constants(94e9, 34.6e9, 6.4e9, 6.0, 0.80e-9, 20e-6, 27.5e-6, 60e-6)
-# Roofline estimates for an H100; not measured.
-_CUDA_16 = Constants(798e12, 3.0e12, 3.0e12, 3.5, 1.4e-15, 15e-6, 5e-6, 60e-6)
-_CUDA_32 = Constants(400e12, 3.0e12, 3.0e12, 3.5, 2.8e-15, 15e-6, 5e-6, 60e-6)
+def read_devices(text: str) -> dict[tuple[str, str], Constants]:
+    """The entries of a devices.json, by device and dtype."""
+    found = {}
+    for device, entry in json.loads(text).items():
+        for dtype, numbers in entry.items():
+            if dtype != "source":
+                kernels = {name: Kernel(**kernel) for name, kernel in numbers.get("kernels", {}).items()}
+                found[device, dtype] = Constants(**{**numbers, "kernels": kernels})
+    return found
 
-SHIPPED: dict[tuple[str, torch.dtype], Constants] = {
-    ("cpu", torch.bfloat16): _CPU_BF16,
-    ("cpu", torch.float16): _CPU_FP32,
-    ("cpu", torch.float32): _CPU_FP32,
-    ("cuda", torch.bfloat16): _CUDA_16,
-    ("cuda", torch.float16): _CUDA_16,
-    ("cuda", torch.float32): _CUDA_32,
-}
+
+# Read here and not when first asked for: torch.compile could not trace that.
+SHIPPED = read_devices(DEVICES.read_text(encoding="utf-8"))
+
+
+@cache
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cuda"
 
 
 def constants_for(device: str, dtype: torch.dtype) -> Constants:
-    """The constants of a device type and dtype; of its float32 where the dtype is not listed."""
-    return SHIPPED.get((device, dtype)) or SHIPPED.get((device, torch.float32)) or _CPU_FP32
+    """The constants of a device type and dtype; of the like, where nobody measured this one.
+
+    Args:
+        device: "cpu", "cuda", ….
+        dtype: of the products.
+    """
+    word = str(dtype).removeprefix("torch.")
+    # What is compiled chooses among the forms that every device has.
+    name = _gpu() if device == "cuda" and not torch.compiler.is_compiling() else device
+    for key in ((name, word), (device, word), (device, "float32")):
+        if key in SHIPPED:
+            return SHIPPED[key]
+    return SHIPPED["cpu", "float32"]

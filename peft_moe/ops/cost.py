@@ -90,10 +90,7 @@ def choose(facts: Facts, backend: str | None = None) -> Choice:
         reason = form.supports(facts)
         if reason is not None:
             raise PeftMoeError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
-        return Choice(
-            form, {backend: form.cost(facts, constants_for(facts.device, facts.dtype))}, {}, backend
-        )
-    constants = constants_for(facts.device, facts.dtype)
+        return Choice(form, {backend: form.cost(facts, constants)}, {}, backend)
     costs, refused = {}, {}
     for name, form in FORMS.items():
         reason = form.supports(facts)

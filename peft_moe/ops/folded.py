@@ -30,9 +30,10 @@ class Folded:
         """The products of one LoRA, and one pass over a factor."""
         ranks, item = facts.ranks.total, facts.dtype.itemsize
         work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
-        weights = ranks * facts.sizes * item / constants.bandwidth
+        rows = facts.tokens * (facts.in_features + 2 * facts.out_features)
+        traffic = (rows + ranks * facts.sizes) * item / constants.bandwidth
         fold = constants.per_rank * ranks * facts.out_features
-        return max(work, weights) + fold + constants.launch
+        return max(work, traffic) + fold + constants.launch
 
     def mix(self, operands: Operands) -> Tensor:
         """``base + (x Aᵀ) (gates ∘ B)``."""

@@ -8,6 +8,8 @@ Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts, W ran
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,6 +20,8 @@ from .ranks import RankMap
 
 # On a CPU a narrow product costs some ten microseconds before it starts, a float32 one about one.
 _FEW_FLOPS = 2e6
+# Beyond so many times the factors, copies of slabs cost memory that no time is worth.
+_MOST_COPIES = 2
 
 
 class Gather:
@@ -36,6 +40,8 @@ class Gather:
         ranks = (facts.chosen or 0) * facts.ranks.width
         sets = 1 if facts.one_row else facts.tokens
         item = facts.dtype.itemsize
+        if sets > 1 and sets * ranks > _MOST_COPIES * facts.ranks.total:
+            return math.inf
         slabs = sets * ranks * facts.sizes * item
         traffic = (1.5 if sets == 1 else 3.0) * slabs / constants.bandwidth
         work = 2 * facts.tokens * ranks * facts.sizes / constants.flops

@@ -31,11 +31,13 @@ class Stacked:
         return None
 
     def cost(self, facts: Facts, constants: Constants) -> float:
-        """Two products over all ranks, the weights' traffic, and the gating of every rank."""
-        ranks = facts.ranks.total
+        """Two products over all ranks or their traffic, and the gating of every rank."""
+        ranks, item = facts.ranks.total, facts.dtype.itemsize
         work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
-        weights = ranks * facts.sizes * facts.dtype.itemsize / constants.bandwidth
-        return max(work, weights) + constants.per_rank * facts.tokens * ranks + constants.launch
+        # x is read; y is read and written; the factors are read.
+        rows = facts.tokens * (facts.in_features + 2 * facts.out_features)
+        traffic = (rows + ranks * facts.sizes) * item / constants.bandwidth
+        return max(work, traffic) + constants.per_rank * facts.tokens * ranks + constants.launch
 
     def mix(self, operands: Operands) -> Tensor:
         """``base + ((x Aᵀ) ∘ gates per rank) B``."""

@@ -13,17 +13,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .constants import Constants
+from .constants import Constants, Kernel
 from .forms import Facts, Operands, product_dtype
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What the kernels hold of one expert at a time; and how many tokens still count as a decode step.
 _MAX_RANK, _FEW_TOKENS = 128, 64
 _MAX_CHOSEN, _MAX_EXPERTS = 16, 2047
-# On an H100 and an H200 the kernels equal the loop, but only a few sizes have been timed there
-# (benchmarks/results), too few to fit their constants. Until then they serve who asks for them by name, and
-# the model's estimates do not compete with measured forms.
-MEASURED = False
 
 
 @cache
@@ -84,11 +80,15 @@ def _chosen(operands: Operands) -> tuple[Tensor, Tensor]:
     return ids.expand(tokens, -1), weights.expand(tokens, -1)
 
 
-def _passes(facts: Facts, forward: float, backward: float) -> float:
-    """Seconds with the backward pass, where one will follow."""
-    if not MEASURED:
-        return math.inf
-    return forward + (backward if {"x", "gates"} & facts.trains else 0.0)
+def _timed(name: str, facts: Facts, constants: Constants) -> Kernel | None:
+    """What is known of a kernel at calls like this one; None where it was not timed, or lost.
+
+    Elsewhere it serves who asks for it by name: an estimate must not win over forms that were measured.
+    """
+    kernel = constants.kernels.get(name)
+    if kernel is None or facts.tokens < kernel.tokens or (facts.trains and not kernel.trains):
+        return None
+    return kernel
 
 
 class TritonStacked:
@@ -107,12 +107,14 @@ class TritonStacked:
 
     def cost(self, facts: Facts, constants: Constants) -> float:
         """Products of all ranks against the passes over x and y that they cannot avoid."""
+        kernel = _timed(self.name, facts, constants)
+        if kernel is None:
+            return math.inf
         ranks, item = facts.ranks.total, facts.dtype.itemsize
         work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
         traffic = facts.tokens * (facts.in_features + 2 * facts.out_features) * item / constants.bandwidth
-        weights = ranks * facts.sizes * item / constants.bandwidth
-        once = max(work, traffic + weights) + 2 * constants.launch
-        return _passes(facts, once, once)
+        weights = kernel.slabs * ranks * facts.sizes * item / constants.bandwidth
+        return max(work, traffic + weights) + kernel.launch
 
     def mix(self, operands: Operands) -> Tensor:
         """See :func:`peft_moe.ops.triton_mix.mix_fused`."""
@@ -136,11 +138,13 @@ class TritonSorted:
 
     def cost(self, facts: Facts, constants: Constants) -> float:
         """Every chosen pair reads a row of x, and reads and writes a row of y; slabs are read per block."""
+        kernel = _timed(self.name, facts, constants)
+        if kernel is None:
+            return math.inf
         chosen, item = facts.chosen or 0, facts.dtype.itemsize
         rows = facts.tokens * chosen * (facts.in_features + 2 * facts.out_features) * item
         slabs = min(len(facts.ranks.ranks), facts.tokens) * chosen * facts.ranks.width * facts.sizes * item
-        once = (rows + slabs) / constants.bandwidth + (2 + chosen) * constants.launch
-        return _passes(facts, once + constants.launch, once)
+        return (rows + kernel.slabs * slabs) / constants.bandwidth + kernel.launch
 
     def mix(self, operands: Operands) -> Tensor:
         """See :func:`peft_moe.ops.triton_mix.mix_sorted`."""
@@ -163,9 +167,12 @@ class TritonGather:
         return _unfit_sparse(facts)
 
     def cost(self, facts: Facts, constants: Constants) -> float:
-        """The slabs, once."""
+        """The slabs of every token."""
+        kernel = _timed(self.name, facts, constants)
+        if kernel is None:
+            return math.inf
         slabs = facts.tokens * (facts.chosen or 0) * facts.ranks.width * facts.sizes * facts.dtype.itemsize
-        return _passes(facts, slabs / constants.bandwidth + constants.launch, 0.0)
+        return kernel.slabs * slabs / constants.bandwidth + kernel.launch
 
     def mix(self, operands: Operands) -> Tensor:
         """See :func:`peft_moe.ops.triton_mix.mix_gathered`."""

@@ -14,7 +14,7 @@ import torch
 from support.mixtures import draw_mixture
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.ops import FORMS, choose, facts_of, mix, triton_forms
+from peft_moe.ops import FORMS, choose, facts_of, mix
 from peft_moe.ops.forms import Operands
 from peft_moe.ops.triton_forms import _missing
 
@@ -84,17 +84,6 @@ def test_what_a_gpu_could_not_serve(name, facts, reason):
     found = FORMS[name].supports(on_cuda(m, gates=gates, **facts))
     assert found is not None
     assert reason in found
-
-
-def test_what_no_gpu_has_timed_serves_only_by_name(monkeypatch):
-    monkeypatch.setattr("peft_moe.ops.triton_forms._missing", lambda: None)
-    facts = on_cuda(draw_mixture(4, 16, 16, (4, 4), 1))
-    assert not triton_forms.MEASURED
-    assert choose(facts).form.name not in TRITON
-    for name in TRITON:
-        assert choose(facts, name).form.name == name
-    monkeypatch.setattr(triton_forms, "MEASURED", True)
-    assert all(choose(facts).costs[name] < 1.0 for name in TRITON)
 
 
 @pytest.fixture
