@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from .config_checks import check_routing, check_shared
 from .errors import PeftMoeError
 from .experts.spec import ExpertSpec, source_name
 from .field_checks import check_fields
+from .new_folder import replace_file
 from .routing_fields import RoutingFields
+from .saved_files import check_weights_file, file_digest, read_json
 
 # A field that changes what a saved mixture computes raises this number, and older versions then refuse the
 # file; of any other field that they do not know they only warn, which is PEFT's contract.
@@ -40,7 +46,10 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         allow_base_mismatch: accept adapters that name another base model.
         base_precision: how the base's weights were kept when the mixture was made ("full",
             "bitsandbytes nf4"); written at injection, compared at loading.
-        verify_experts: compare frozen experts with the digests in the config whenever they are loaded.
+        base_fingerprint: size and some numbers of the base that the mixture was made on; written at
+            injection, compared at loading: another base is refused unless ``allow_base_mismatch`` is set.
+        verify_experts: compare weights with the digests in the config whenever they are loaded.
+        weights_digest: of the saved routers, and of the experts where they train; written at saving.
         backend: how the mixture is computed; "auto" lets a model of FLOPs and bytes choose for every kind of
             call. It changes speed and memory only. Others: "stacked", "grouped", "gather", "folded",
             "reference", "triton_stacked", "triton_sorted", "triton_gather"; a call that one cannot serve is
@@ -66,7 +75,9 @@ class MoLoraConfig(RoutingFields, PeftConfig):
     train_experts: bool | None = None
     allow_base_mismatch: bool = False
     base_precision: str | None = None
+    base_fingerprint: dict[str, Any] | None = None
     verify_experts: bool = True
+    weights_digest: str | None = None
     backend: str = "auto"
     format_version: int = FORMAT_VERSION
     # PEFT's name matching asks for this attribute; targeting bare parameters is not offered.
@@ -97,15 +108,47 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         Raises:
             PeftMoeError: the file is no JSON object.
         """
-        try:
-            values: Any = super().from_json_file(path_json_file, **kwargs)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise PeftMoeError(
-                f"{path_json_file} cannot be read as JSON: {error}; copy the folder again"
-            ) from error
-        if not isinstance(values, dict):
-            raise PeftMoeError(f"{path_json_file} holds no JSON object; copy the folder again")
+        values = read_json(path_json_file)
+        values.pop("runtime_config", None)  # as PEFT does
         return values
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """PEFT's loading of a config; in a folder here, weights that do not fit it are refused at once.
+
+        Raises:
+            PeftMoeError: either file is damaged, or they do not belong together.
+        """
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        if isinstance(config, cls) and config.experts_embedded:
+            folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            check_weights_file(folder, config.specs(), all_everywhere=config.experts_per_layer is None)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's saving of a config, in one step; behind weights it also records their digest.
+
+        Raises:
+            PeftMoeError: the folder or the weights in it cannot be read.
+        """
+        saved = copy.copy(self)
+        # PEFT hands this over right after it has written the weights; alone, a config says nothing of any.
+        if "auto_mapping_dict" in kwargs and self.verify_experts:
+            part = "all" if self.experts_train else "routers"
+            saved.weights_digest = file_digest(save_directory, part)
+        if os.path.isfile(save_directory):
+            raise PeftMoeError(f"{save_directory} is a file; name a folder to save into")
+        place = Path(save_directory)
+        place.mkdir(parents=True, exist_ok=True)
+
+        def write(beside: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=place, prefix=".config.") as scratch:
+                super(MoLoraConfig, saved).save_pretrained(scratch, **kwargs)  # type: ignore[no-untyped-call]
+                os.rename(os.path.join(scratch, CONFIG_NAME), beside)
+
+        replace_file(place / CONFIG_NAME, write)
 
     @property
     def num_experts(self) -> int:

@@ -173,6 +173,11 @@ def _is_index_map(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_word(k) and _many(_is_index)(v) for k, v in value.items())
 
 
+def _is_fingerprint(value: Any) -> bool:
+    numbers = value.get("values", {}) if isinstance(value, dict) else None
+    return isinstance(numbers, dict) and all(_some(_is_number)(v) for v in numbers.values())
+
+
 _NAMES = "a list of module names, or a regex as text"
 _TRUTH = "True or False"
 _COUNT = "a whole number ≥ 1"
@@ -222,6 +227,11 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "null_expert": (_TRUTH, _optional(_is_bool)),
     "allow_base_mismatch": (_TRUTH, _is_bool),
     "verify_experts": (_TRUTH, _is_bool),
+    "base_fingerprint": (
+        "an object that injection fills; leave it out",
+        _optional(_is_fingerprint),
+    ),
+    "weights_digest": ("text that saving fills; leave it out", _optional(_is_word)),
     "base_precision": ("text such as 'full' or 'bitsandbytes nf4'; injection fills it", _optional(_is_word)),
     **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _is_not_negative)),
     # Presets may fill these.

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import PeftMoeError
 from .experts.plan import ExpertPlan
+from .rollback import Snapshot
+from .saved_files import belongs, tensors_digest
 from .sharing import MODEL_SEAT, MixtureLayer, SharedRouter, named_routers
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Arrivals:
         self.configs: dict[str, MoLoraConfig] = {}
         # Adapters with a load that is not checked yet, and the names of the tensors that it held.
         self.open: dict[str, set[str]] = {}
+        # The model before the injection of an adapter that is to be loaded.
+        self.before: dict[str, Snapshot] = {}
         self.handles = [
             model.register_load_state_dict_pre_hook(self._at_load),
             model.register_forward_pre_hook(self._at_forward, prepend=True),
@@ -62,11 +66,21 @@ class Arrivals:
             return
         recorded = {record["name"]: record.get("digest") for record in config.records()}
         if check_arrived(model, adapter, self.open[adapter], recorded, verify=config.verify_experts):
+            if config.verify_experts:
+                _compare_saved(model, adapter, config.weights_digest)
+            # What comes later under this name, such as a checkpoint of the same run, is another save.
+            config.weights_digest = None
             self.open.pop(adapter)
+            self.before.pop(adapter, None)
 
 
 def note_experts(
-    model: nn.Module, seat: SharedRouter, adapter: str, config: MoLoraConfig, plan: ExpertPlan
+    model: nn.Module,
+    seat: SharedRouter,
+    adapter: str,
+    config: MoLoraConfig,
+    plan: ExpertPlan,
+    before: Snapshot,
 ) -> None:
     """After an injection: record what was read, or get ready to check what will be loaded.
 
@@ -76,6 +90,7 @@ def note_experts(
         adapter: what was injected.
         config: its own; the digests of frozen experts are written into its records.
         plan: where its experts come from.
+        before: the model as it was, to go back to if what is loaded is refused.
     """
     arrivals: Arrivals | None = seat.__dict__.get("arrivals")
     if arrivals is None:
@@ -94,13 +109,23 @@ def note_experts(
                     if tensor.is_floating_point():
                         tensor.fill_(torch.nan)
         arrivals.open[adapter] = set()
+        arrivals.before[adapter] = before
 
 
 def check_load(model: nn.Module, adapter: str) -> None:
-    """Check a load of ``adapter`` that has just ended; nothing to do if there was none."""
+    """Check a load of ``adapter`` that has just ended; nothing to do if there was none.
+
+    A new adapter that is refused is taken out again: the model is then as it was before its injection.
+    """
     arrivals: Arrivals | None = getattr(getattr(model, MODEL_SEAT, None), "__dict__", {}).get("arrivals")
-    if arrivals is not None:
+    if arrivals is None:
+        return
+    try:
         arrivals.check(model, adapter)
+    except PeftMoeError:
+        if adapter in arrivals.before:
+            arrivals.before.pop(adapter).restore()
+        raise
 
 
 def adapter_of(key: str) -> str | None:
@@ -179,6 +204,38 @@ def _compare(found: list[str | None], adapter: str, recorded: dict[str, str | No
                 "that of another mixture. Copy the folder again; to load another mixture, choose another "
                 "adapter_name or delete this one first; if the change is meant, set verify_experts=False"
             )
+
+
+def _compare_saved(model: nn.Module, adapter: str, wanted: str | None) -> None:
+    if not wanted:
+        return
+    part = wanted.split(" ", 1)[0]
+    here = tensors_digest(part, saved_tensors(model, adapter, part))
+    # As with experts: what was cast on purpose cannot be compared.
+    if here and here.split(":")[0] == wanted.split(":")[0] and here != wanted:
+        what = "routers" if part == "routers" else "routers or experts"
+        raise PeftMoeError(
+            f"adapter {adapter!r}: the weights of its {what} are not those that were saved with its config "
+            f"(SHA-256 {_short(here)}, recorded {_short(wanted)}): the file is damaged, or config and "
+            "weights are not of one save. Copy the folder again; if the change is meant, set "
+            "verify_experts=False"
+        )
+
+
+def saved_tensors(model: nn.Module, adapter: str, part: str) -> list[tuple[str, Tensor]]:
+    """The weights of a mixture by their names in its file, in their order.
+
+    Args:
+        model: the base with its mixtures.
+        adapter: which.
+        part: "routers" or "all".
+    """
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if adapter_of(f"{path}.") == adapter and path.endswith(f".{adapter}"):
+            for name, tensor in module.state_dict().items():
+                found[f"base_model.model.{path.removesuffix('.' + adapter)}.{name}"] = tensor
+    return sorted((key, tensor) for key, tensor in found.items() if belongs(key, part))
 
 
 def _short(digest: str | None) -> str:

@@ -14,6 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from .backend_check import refuse_unfit_backend
+from .base_fingerprint import note_base
 from .base_precision import note_precision
 from .call import given_shape
 from .config import MoLoraConfig
@@ -29,6 +30,7 @@ from .losses import active_losses
 from .mixed_batch import mixed_batch
 from .model_router import ModelRouter
 from .requantise import requantised
+from .rollback import Snapshot
 from .routers import Router
 from .sharing import BLOCK_SEAT, MODEL_SEAT, BlockRouter, MixtureLayer, SharedRouter, share_constant
 from .taps import Tap, resolve_tap
@@ -64,6 +66,8 @@ class MoLoraModel(Controlled, BaseTuner):
             config = copy.copy(config)
             self.peft_config[adapter_name] = config
         _check_adapter_name(adapter_name, model)
+        before = Snapshot(model)
+        note_base(config, model)
         keep_unpacked(model, trains=not config.inference_mode)
         note_precision(config, model)
         tap, stack = resolve_tap(config, model)
@@ -83,7 +87,7 @@ class MoLoraModel(Controlled, BaseTuner):
                 self.__dict__.pop("_injection", None)
                 plan.close()
             self._seat_routers(model, adapter_name, config, tap, depth)
-        note_experts(model, getattr(model, MODEL_SEAT), adapter_name, config, plan)
+        note_experts(model, getattr(model, MODEL_SEAT), adapter_name, config, plan, before)
 
     def _create_and_replace(
         self,

@@ -14,6 +14,7 @@ from huggingface_hub import constants, errors, hf_hub_download
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.experts.checks import refusal, shown
+from peft_moe.saved_files import unique_keys
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -126,7 +127,7 @@ def read_config(expert: str, path: str) -> dict[str, Any]:
     fix = "save the adapter with PEFT again, or repair the file"
     try:
         with open(path, encoding="utf-8") as file:
-            config = json.load(file, object_pairs_hook=_no_duplicates)
+            config = json.load(file, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise refusal(expert, f"{shown(path)} cannot be read as JSON: {error}", fix) from error
     if not isinstance(config, dict):
@@ -141,12 +142,3 @@ def file_sha256(path: str) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's default keeps the last of two equal keys without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
-    return found

@@ -39,7 +39,8 @@ def poison(part: str) -> Callable[[Tensors], None]:
 
 
 def add(tensors: Tensors) -> None:
-    tensors[find(tensors, "molora_A").replace("layers.0", "layers.7")] = torch.ones(2, 2)
+    key = find(tensors, "molora_A")
+    tensors[key.replace("layers.0", "layers.7")] = tensors[key].clone()
 
 
 DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
