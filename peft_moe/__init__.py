@@ -10,6 +10,7 @@ from .errors import PeftMoeError
 from .registration import register
 from .routers import Scorer, register_router
 from .routing import Routing, record_routing, routing_inputs
+from .saving import load_mixture, save_mixture
 
 register()
 del register
@@ -21,9 +22,11 @@ __all__ = [
     "PeftMoeError",
     "Routing",
     "Scorer",
+    "load_mixture",
     "record_routing",
     "register_router",
     "routing_inputs",
+    "save_mixture",
     "use_experts",
     "use_gates",
     "use_temperature",

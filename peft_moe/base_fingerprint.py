@@ -44,7 +44,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     rows = _vocabulary(model)
     if rows is not None:
         found["vocabulary"] = rows
-    tensors = _plain_weights(model)
+    # A module without a config has no weights of its own that one could load again.
+    tensors = _plain_weights(model) if "model_type" in found else {}
     vectors = [name for name, tensor in tensors.items() if tensor.dim() == 1]
     matrices = [name for name, tensor in tensors.items() if tensor.dim() == 2]
     chosen = [*_spread(vectors, _VECTORS), *_spread(matrices, _MATRICES)]

@@ -80,7 +80,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     beside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.new"
     try:
         write(beside)
-        _sync(beside)
+        sync(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def _put(beside: Path, place: Path) -> None:
             os.rename(old, place)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(place.parent)
+    sync(place.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -157,10 +157,11 @@ def _sweep(place: Path) -> None:
 def _flush(folder: Path) -> None:
     """Bytes before the name: a crash must not leave the new name over empty files."""
     for path in sorted([*folder.rglob("*"), folder]):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

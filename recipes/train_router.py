@@ -22,13 +22,12 @@ from dataclasses import dataclass, field, fields
 
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from peft_moe import MoLoraConfig
 from peft_moe.errors import near_matches
 from peft_moe.fitting import fit_router
-from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser, robustness
+from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser, last_good_checkpoint, robustness
 from peft_moe.training.data import KINDS, load_text_dataset, text_kind
 
 
@@ -89,8 +88,8 @@ if __name__ == "__main__":
     start = time.time()
     resume: str | None = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        print(f"Resuming from {resume or 'nothing: there is no checkpoint in ' + args.output_dir}")
+        resume = last_good_checkpoint(args.output_dir)
+        print(f"Resuming from {resume or 'nothing: there is no whole checkpoint in ' + args.output_dir}")
     config = mixture_config(router_args, model_args)  # all refusals that need no data come first
     robustness.check_random_domains(config, router_args.domain_randomisation)
     train, heldout = load_data(router_args, args.seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..metrics import routing_summary
 from ..routers import Router
 from ..routing import RoutingRecord, record_routing, routing_inputs
 from ..sharing import named_routers
+from .checkpoints import checked_resume, seal, unseal
 from .distillation import Distiller
 from .domains import DOMAIN_INDEX, OURS, DomainCollator, check_domains, refuse_unlabelled
 from .guards import (
@@ -97,10 +99,26 @@ class RouterTrainerMixin:
         self._movers.step()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own ``train``, after a last look at what would train."""
+        """The trainer's own ``train``, after a last look at what would train.
+
+        ``resume_from_checkpoint=True`` goes on from the last checkpoint that is whole.
+        """
         check_trainable(self.model, self.mixture)
         warn_slow_router(self.args, self.mixture)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        resume = args[0] if args else kwargs.pop("resume_from_checkpoint", None)
+        resume = checked_resume(resume, self.args.output_dir)
+        return super().train(resume, *args[1:], **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The trainer's checkpoint, sealed once all processes have written their part of it."""
+        step = self.state.global_step  # type: ignore[attr-defined]
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"  # type: ignore[attr-defined]
+        if self.args.should_save:
+            unseal(folder)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and folder.is_dir():
+            seal(folder)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

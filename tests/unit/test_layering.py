@@ -51,7 +51,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "rollback",
         "experts",
     ),
-    4: ("model", "fitting", "editing"),
+    4: ("model", "saving", "fitting", "editing"),
     5: ("registration", "training", "evaluation", "catalogue", "mixfile", "planning"),
     6: ("cli", "commands", "console", "demo", "__init__", "__main__"),
 }
