@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import PeftMoeError, near_matches
-from .experts.spec import ExpertSpec, source_name
+from .experts.spec import NAME_RULE, ExpertSpec, source_name
 from .ops import check_backend
 from .routers import SCORING_FUNCS
 from .routers.pooling import POOLS
@@ -106,17 +107,11 @@ def _check_record(record: dict[Any, Any]) -> None:
             f"experts: the record of {record.get('name')!r} has unknown fields {unknown}, which could change "
             "the result; upgrade peft-moe, or remove them"
         )
-    if not _optional(_is_bool)(record.get("trains")):
-        raise PeftMoeError(
-            f"experts: the record of {record.get('name')!r} has trains={record['trains']!r}, which must be "
-            "True, False or left out"
-        )
-    for key in ("r", "lora_alpha"):
-        wanted, valid = _VALID[key]
+    for key, (wanted, valid) in _VALID_IN_RECORDS.items():
         if key in record and not valid(record[key]):
             raise PeftMoeError(
-                f"experts: the record of {record.get('name')!r} has {key}={record[key]!r}, "
-                f"which must be {wanted}"
+                f"experts: the record of {_shown.repr(record.get('name'))} has {key}="
+                f"{_shown.repr(record[key])}, which must be {wanted}"
             )
 
 
@@ -176,6 +171,18 @@ def _is_index_map(value: Any) -> bool:
 def _is_fingerprint(value: Any) -> bool:
     numbers = value.get("values", {}) if isinstance(value, dict) else None
     return isinstance(numbers, dict) and all(_some(_is_number)(v) for v in numbers.values())
+
+
+def _is_pattern_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(_is_regex(k) and valid(v) for k, v in value.items())
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+    return bool(value)
 
 
 _NAMES = "a list of module names, or a regex as text"
@@ -238,4 +245,25 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "router_aux_loss_coef": (_NOT_NEGATIVE, _optional(_is_not_negative)),
     "router_l1_coef": (_NOT_NEGATIVE, _optional(_is_not_negative)),
     "router_entropy_coef": ("a finite number; 0 switches it off", _is_number),
+}
+
+_TEXT = "text, or left out"
+_TARGETS = ("a list of module names or a regex, or left out", _optional(_is_regex, _many(_is_word)))
+# Of one expert in a saved mixture; its fields are those of ``ExpertSpec``.
+_VALID_IN_RECORDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": (
+        "1 to 64 of the characters [A-Za-z0-9_-]",
+        lambda v: isinstance(v, str) and bool(NAME_RULE.fullmatch(v)),
+    ),
+    **dict.fromkeys(("source", "revision", "sha256", "digest", "base_model"), (_TEXT, _optional(_is_word))),
+    "r": _VALID["r"],
+    "lora_alpha": _VALID["lora_alpha"],
+    "use_rslora": _VALID["use_rslora"],
+    "rank_pattern": ("regexes with whole numbers ≥ 1", _is_pattern_of(_is_count)),
+    "alpha_pattern": ("regexes with finite numbers > 0", _is_pattern_of(_is_positive)),
+    "target_modules": _TARGETS,
+    "exclude_modules": _TARGETS,
+    "layers_to_transform": _VALID["layers_to_transform"],
+    "layers_pattern": _VALID["layers_pattern"],
+    "trains": (f"{_TRUTH}, or left out", _optional(_is_bool)),
 }

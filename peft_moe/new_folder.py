@@ -99,7 +99,10 @@ def _put(beside: Path, place: Path) -> None:
             os.rename(old, place)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    sync(place.parent)
+    with suppress(
+        OSError
+    ):  # the new folder is there, whole; only a power cut could still bring the old one back
+        sync(place.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

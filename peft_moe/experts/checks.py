@@ -12,8 +12,8 @@ from torch import nn
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.experts.base_view import BaseView, base_modules, family
+from peft_moe.experts.spec import NAME_RULE
 
-NAME_RULE = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 # Words that a saved mixture, PEFT or torch's ModuleDict already uses for something else.
 RESERVED_NAMES = frozenset(
     ("null", "base", "__base__", "lora_a", "lora_b", "weight", "bias", "keys", "values", "items")

@@ -16,6 +16,8 @@ from typing import Any
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+# Names are keys of files and folders, and parts of module names.
+NAME_RULE = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _AT_A_REVISION = re.compile(r"(?P<id>[^/@]+/[^/@]+)@.+")
 
 

@@ -52,6 +52,7 @@ NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
 # Fields of the config that injection fills, or that this file says in another way.
 _INTERNAL = {
     *(f.name for f in dataclasses.fields(PeftConfig)), "experts", "format_version", "base_precision",
+    "base_fingerprint", "weights_digest",
     "target_parameters", "shared_experts",
 }  # fmt: skip
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(MoLoraConfig) if f.name not in _INTERNAL)

@@ -157,7 +157,7 @@ def _with_mixture(skeleton: nn.Module, mixture: MoLoraConfig, dtype: torch.dtype
     planned = copy.copy(mixture)
     planned.train_experts = mixture.train_experts is True
     planned.experts = [spec.to_record() for spec in specs]
-    planned.base_precision = None
+    planned.base_precision = planned.base_fingerprint = None
     if planned.target_modules is None:
         adapted = {
             name

@@ -51,6 +51,8 @@ BAD = {
     "target_modules": [*NOT_NAMES, []],
     "exclude_modules": NOT_NAMES,
     "backend": ["stackd", "", "Auto", None, 3, ["stacked"], {}, True],
+    "base_fingerprint": [3, "llama", [], {"values": 3}, {"values": {"a": ["x"]}}, {"values": {"a": [NAN]}}],
+    "weights_digest": [3, "", True, ["routers"], {}],
     "base_precision": [3, True, "", ["full"], {}],
     "layers_to_transform": [-1, "0", 1.5, True, [0, -1], ["0"]],
     "layers_pattern": NOT_NAMES,

@@ -181,7 +181,14 @@ BITES: dict[str, Row] = {
     "distillation_adaptive": (after_steps, {"distillation_coef": 1.0}, False, True),
 }
 # Fields with a test of their own below: they refuse or warn, instead of changing a number.
-REFUSALS = {"format_version", "allow_base_mismatch", "base_precision", "verify_experts"}
+REFUSALS = {
+    "format_version",
+    "allow_base_mismatch",
+    "base_precision",
+    "base_fingerprint",
+    "verify_experts",
+    "weights_digest",  # in tests/integration/test_integrity.py, as the one before
+}
 OURS = {f.name for f in dataclasses.fields(MoLoraConfig) if f.init} - {
     f.name for f in dataclasses.fields(PeftConfig)
 }
@@ -248,3 +255,10 @@ def test_allow_base_mismatch_bites(tmp_path):
 def test_base_precision_bites():
     with pytest.warns(UserWarning, match=r"'bitsandbytes nf4', and this base has 'full'"):
         get_peft_model(copy.deepcopy(BASE), MoLoraConfig(experts=2, base_precision="bitsandbytes nf4"))
+
+
+def test_base_fingerprint_bites():
+    with pytest.raises(PeftMoeError, match=r"base_fingerprint\.num_hidden_layers is 99, and this base has 4"):
+        get_peft_model(
+            copy.deepcopy(BASE), MoLoraConfig(experts=2, base_fingerprint={"num_hidden_layers": 99})
+        )

@@ -166,7 +166,17 @@ def test_refusals(values, message, tmp_path):
         read(values, tmp_path)
 
 
-@pytest.mark.parametrize("key", ["format_version", "base_precision", "peft_type", "inference_mode"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "format_version",
+        "base_precision",
+        "base_fingerprint",
+        "weights_digest",
+        "peft_type",
+        "inference_mode",
+    ],
+)
 def test_what_injection_fills_is_no_key(key, tmp_path):
     with pytest.raises(PeftMoeError, match=f"'{key}' is not known"):
         read({key: 1}, tmp_path)
