@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 from support.zoo import Zoo
@@ -11,6 +13,15 @@ from torch import nn
 
 from peft_moe.four_bit import keep_unpacked
 from peft_moe.routers.registry import _SCORERS
+
+# Properties: the same examples at every push; "long" draws new ones. No test depends on speed.
+hypothesis.settings.register_profile(
+    "push", max_examples=25, derandomize=True, database=None, deadline=None, print_blob=True
+)
+hypothesis.settings.register_profile(
+    "long", max_examples=int(os.environ.get("PEFT_MOE_EXAMPLES", "10000")), deadline=None, print_blob=True
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "push"))
 
 
 @pytest.fixture(autouse=True)
