@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import PeftMoeError, near_matches
-from .experts.spec import NAME_RULE, ExpertSpec, source_name
+from .experts.spec import NAME_RULE, RESERVED_NAMES, ExpertSpec, source_name
 from .ops import check_backend
 from .routers import SCORING_FUNCS
 from .routers.pooling import POOLS
@@ -88,6 +88,7 @@ def _check_expert_list(experts: list[Any]) -> None:
         names = [entry.get("name") for entry in experts]
         for entry in experts:
             _check_record(entry)
+        _check_distinct(names)
     elif all(isinstance(entry, str) and entry for entry in experts):
         names = [source_name(entry) for entry in experts]
     else:
@@ -98,6 +99,20 @@ def _check_expert_list(experts: list[Any]) -> None:
                 f"experts: the name {name!r} is missing, no text, or given {names.count(name)} times; "
                 "give a dict with a name for each"
             )
+
+
+def _check_distinct(names: list[Any]) -> None:
+    """Of records, whose form is checked; adapters are when they are read."""
+    seen: dict[str, str] = {}
+    for name in names:
+        folded = str(name).casefold()
+        if folded in RESERVED_NAMES:
+            raise PeftMoeError(f"experts: the name {name!r} is reserved; rename it, for example 'my_{name}'")
+        if folded in seen and seen[folded] != name:
+            raise PeftMoeError(
+                f"experts: the names {seen[folded]!r} and {name!r} are equal but for case; rename one of them"
+            )
+        seen[folded] = str(name)
 
 
 def _check_record(record: dict[Any, Any]) -> None:

@@ -112,10 +112,15 @@ def note_experts(
         arrivals.before[adapter] = before
 
 
-def check_load(model: nn.Module, adapter: str) -> None:
+def check_load(model: nn.Module, adapter: str, configs: dict[str, Any]) -> None:
     """Check a load of ``adapter`` that has just ended; nothing to do if there was none.
 
     A new adapter that is refused is taken out again: the model is then as it was before its injection.
+
+    Args:
+        model: the base with its mixtures.
+        adapter: what was loaded.
+        configs: PEFT's, by adapter.
     """
     arrivals: Arrivals | None = getattr(getattr(model, MODEL_SEAT, None), "__dict__", {}).get("arrivals")
     if arrivals is None:
@@ -125,6 +130,7 @@ def check_load(model: nn.Module, adapter: str) -> None:
     except PeftMoeError:
         if adapter in arrivals.before:
             arrivals.before.pop(adapter).restore()
+            configs.pop(adapter, None)
         raise
 
 

@@ -182,7 +182,7 @@ class MoLoraModel(Controlled, BaseTuner):
             for module in () if autocast_adapter_dtype else self.model.modules():
                 if isinstance(module, MoLoraLayer):
                     module.follow_base_dtype(adapter_name)
-        check_load(self.model, adapter_name)  # PEFT's last call of a load
+        check_load(self.model, adapter_name, self.peft_config)  # PEFT's last call of a load
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -12,12 +12,7 @@ from torch import nn
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.experts.base_view import BaseView, base_modules, family
-from peft_moe.experts.spec import NAME_RULE
-
-# Words that a saved mixture, PEFT or torch's ModuleDict already uses for something else.
-RESERVED_NAMES = frozenset(
-    ("null", "base", "__base__", "lora_a", "lora_b", "weight", "bias", "keys", "values", "items")
-)
+from peft_moe.experts.spec import NAME_RULE, RESERVED_NAMES
 
 # A revision is comparable with another of its own kind only: a commit, or a branch or tag.
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")

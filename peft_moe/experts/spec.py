@@ -18,6 +18,10 @@ from peft.utils.other import get_pattern_key
 
 # Names are keys of files and folders, and parts of module names.
 NAME_RULE = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+# Words that a saved mixture, PEFT or torch's ModuleDict already uses for something else.
+RESERVED_NAMES = frozenset(
+    ("null", "base", "__base__", "lora_a", "lora_b", "weight", "bias", "keys", "values", "items")
+)
 _AT_A_REVISION = re.compile(r"(?P<id>[^/@]+/[^/@]+)@.+")
 
 
