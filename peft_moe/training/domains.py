@@ -49,6 +49,8 @@ class DomainCollator:
 
     def _per_token(self, examples: list[dict[str, Any]], batch: dict[str, Any]) -> Tensor:
         real_BT = batch["attention_mask"].bool()
+        if len(real_BT) != len(examples):
+            raise PeftMoeError("a list of domains is for one text; a pair of answers has one domain for both")
         index_BT = torch.full(real_BT.shape, UNKNOWN)
         for row, example in enumerate(examples):
             real = int(real_BT[row].sum())
@@ -63,6 +65,18 @@ class DomainCollator:
             columns = torch.tensor([self.column(name) for name in turns])
             index_BT[row, real_BT[row]] = columns.repeat_interleave(lengths)
         return index_BT
+
+
+def per_row_domains(inputs: dict[str, Any]) -> Tensor | None:
+    """The batch's ``domain_index``, for each of its rows; None without one.
+
+    Trainers of pairs stack both halves: all chosen answers, then all rejected ones to the same prompts.
+    """
+    domains: Tensor | None = inputs.get(DOMAIN_INDEX)
+    ids = inputs.get("input_ids")
+    if domains is None or ids is None or domains.dim() != 1 or len(ids) != 2 * len(domains):
+        return domains
+    return domains.repeat(2)
 
 
 def needs_domains(config: MoLoraConfig, has_teacher: bool) -> str | None:

@@ -95,6 +95,18 @@ def check_teacher(teacher: nn.Module | None, config: MoLoraConfig) -> None:
         )
 
 
+def refuse_distillation(trainer: Any, config: MoLoraConfig) -> None:
+    """A trainer whose batches hold no labels was asked to distil.
+
+    Raises:
+        PeftMoeError: always.
+    """
+    raise PeftMoeError(
+        f"distillation_coef={config.distillation_coef} would have no effect in {type(trainer).__name__}, whose "
+        "batches hold no labels; set it to 0, or distil with MoLoraSFTTrainer first"
+    )
+
+
 def router_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all routers' weights, by name."""
     return {

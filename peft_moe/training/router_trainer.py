@@ -21,12 +21,13 @@ from ..routing import RoutingRecord, record_routing, routing_inputs
 from ..sharing import named_routers
 from .checkpoints import checked_resume, seal, unseal
 from .distillation import Distiller
-from .domains import DOMAIN_INDEX, OURS, DomainCollator, check_domains, refuse_unlabelled
+from .domains import DOMAIN_INDEX, OURS, DomainCollator, check_domains, per_row_domains, refuse_unlabelled
 from .guards import (
     check_checkpointing,
     check_teacher,
     check_trainable,
     mixture_config,
+    refuse_distillation,
     restore_router_precision,
     router_weights,
     warn_slow_router,
@@ -69,7 +70,7 @@ class RouterTrainerMixin:
         check_teacher(teacher, self.mixture)
         self._has_teacher = teacher is not None
         check_domains(self.train_dataset, self.mixture, self.args, has_teacher=self._has_teacher)
-        self.data_collator = DomainCollator(self.data_collator, self.mixture)
+        self._keep_domains()
         self._distiller: Distiller | None = None
         if self.mixture.distillation_coef:
             if teacher is not None:
@@ -82,6 +83,9 @@ class RouterTrainerMixin:
             "train": defaultdict(list),
             "eval": defaultdict(list),
         }
+
+    def _keep_domains(self) -> None:
+        self.data_collator = DomainCollator(self.data_collator, self.mixture)
 
     def _begin(self) -> None:
         callbacks: Any = getattr(self, "callback_handler")  # noqa: B009  # the trainer's own, untyped
@@ -146,10 +150,14 @@ class RouterTrainerMixin:
         if self.mixture.expert_names != self._experts:
             self._begin()  # experts came or went since: other routers, other columns
         check_checkpointing(self.model, self.mixture)
-        domains, labels = inputs.pop(DOMAIN_INDEX, None), inputs.get("labels")
+        domains, labels = per_row_domains(inputs), inputs.get("labels")
+        # Not taken out of the batch itself: a trainer may come back to it.
+        inputs = {key: value for key, value in inputs.items() if key != DOMAIN_INDEX}
         training = self.model.training
         if training and domains is None:
             refuse_unlabelled(self.mixture, self._has_teacher)
+        if training and labels is None and self._distiller is not None:
+            refuse_distillation(self, self.mixture)
         known = {"prompt_mask": self._prompt_mask(inputs), "domains": domains}
         lesson = self._distiller.teach(model, inputs, known) if self._distiller else None
         listening = (
