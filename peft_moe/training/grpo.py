@@ -49,7 +49,7 @@ class MoLoraGRPOTrainer(ReferenceMixin, GRPOTrainer):  # type: ignore[misc]  # t
         if follows and beta == 0:
             raise PeftMoeError("sync_ref_model=True has no effect with beta=0; set beta in GRPOConfig")
         config = named.get("peft_config")
-        if isinstance(model, nn.Module):
+        if config is None and isinstance(model, nn.Module):
             _, config = mixture_config(model)
         if isinstance(config, MoLoraConfig):
             check_sampling(config, args, named)
@@ -59,7 +59,7 @@ class MoLoraGRPOTrainer(ReferenceMixin, GRPOTrainer):  # type: ignore[misc]  # t
             super().__init__(model, reward_funcs, args, *more, **named)
         self.beta = self.args.beta
         if self.beta:
-            self.ref_model = ours
+            self.ref_model: Any = ours
             self._begin_reference(ours, follows)
 
     def _keep_domains(self) -> None:
@@ -124,7 +124,7 @@ def check_sampling(config: MoLoraConfig, args: Any, named: dict[str, Any]) -> No
     if config.scorer.reads_input:
         if getattr(args, "use_vllm", False):
             raise PeftMoeError(
-                f"use_vllm=True needs weights with the mixture merged into them, and router={config.router!r} "
+                f"use_vllm=True needs the mixture merged into the base, and router={config.router!r} "
                 "routes by its input; set use_vllm=False (the mixture generates by itself), or train "
                 "router='static', whose gates are constant"
             )
@@ -136,6 +136,6 @@ def check_sampling(config: MoLoraConfig, args: Any, named: dict[str, Any]) -> No
     tools = next((name for name in ("tools", "environment_factory") if named.get(name) is not None), None)
     if tools is not None and config.router_granularity != "token":
         raise PeftMoeError(
-            f"{tools} puts results into the middle of a completion: router={config.router!r} would decide anew "
-            "when it generates behind them, and not when it trains; take one with router_granularity='token'"
+            f"{tools} puts results into the middle of a completion: router={config.router!r} would decide "
+            "anew when it generates behind them, and not when it trains; take one with router_granularity='token'"
         )

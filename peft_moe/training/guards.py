@@ -102,7 +102,7 @@ def refuse_distillation(trainer: Any, config: MoLoraConfig) -> None:
         PeftMoeError: always.
     """
     raise PeftMoeError(
-        f"distillation_coef={config.distillation_coef} would have no effect in {type(trainer).__name__}, whose "
+        f"distillation_coef={config.distillation_coef} has no effect in {type(trainer).__name__}, whose "
         "batches hold no labels; set it to 0, or distil with MoLoraSFTTrainer first"
     )
 

@@ -26,7 +26,8 @@ class _PreferenceTrainer(ReferenceMixin):
         if ref_model is not None:
             if reference is not None:
                 raise PeftMoeError(
-                    f"reference={reference!r} and ref_model={type(ref_model).__name__} are two references; give one"
+                    f"reference={reference!r} and ref_model={type(ref_model).__name__} are two references; "
+                    "give one"
                 )
             super().__init__(model, ref_model, args, *more, **named)
             return
@@ -43,7 +44,7 @@ class MoLoraDPOTrainer(_PreferenceTrainer, DPOTrainer):  # type: ignore[misc]  #
     Args:
         reference: "start" (the default): the mixture as training began, so that the first loss is ln 2; it
             costs a copy of the router, and a checkpoint keeps it. "base": the base without the mixture, which
-            is what TRL takes for a model made from ``peft_config``. A ``ref_model`` of your own replaces both.
+            TRL takes for a model made from ``peft_config``. A ``ref_model`` of your own replaces both.
 
     ``sync_ref_model`` works with "start", which TRL refuses for PEFT models. A column ``domain`` is for the
     label losses, and holds for both answers.
@@ -51,7 +52,7 @@ class MoLoraDPOTrainer(_PreferenceTrainer, DPOTrainer):  # type: ignore[misc]  #
 
 
 class MoLoraKTOTrainer(_PreferenceTrainer, KTOTrainer):  # type: ignore[misc]  # trl is untyped here
-    """TRL's ``KTOTrainer`` for mixtures; takes the same arguments, and ``reference`` as :class:`MoLoraDPOTrainer`."""
+    """TRL's ``KTOTrainer`` for mixtures; ``reference`` as in :class:`MoLoraDPOTrainer`."""
 
 
 class MoLoraRewardTrainer(RouterTrainerMixin, RewardTrainer):  # type: ignore[misc]  # trl is untyped here

@@ -1,9 +1,9 @@
 """What a trained policy is measured against: the mixture as training began, or the base without it.
 
-TRL's own ways are two. A model made from ``peft_config`` has its adapters disabled: the bare base, which for
-a fresh LoRA is the policy at step 0, and for a mixture is not. A PeftModel gets a second adapter "ref", a copy
-of the first with all its experts, saved beside it. Here the start is kept as the trained numbers alone, put in
-place of the current ones for one pass; experts that stay still are shared.
+TRL's own ways are two. A model made from ``peft_config`` has its adapters disabled: the bare base, which
+for a fresh LoRA is the policy at step 0, and for a mixture is not. A PeftModel gets a second adapter "ref",
+a copy of the first with all its experts, saved beside it. Here the start is kept as the trained numbers
+alone, put in place of the current ones for one pass; experts that stay still are shared.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Reference(nn.Module):
         found = self.current()
         if {n: v.shape for n, v in self.held.items()} != {n: v.shape for n, v in found.items()}:
             raise PeftMoeError(
-                "experts came, went or were frozen since training began, so that there is no starting mixture "
+                "experts came, went or were frozen since training began, so that there is no start "
                 "to compare with; make a new trainer from this model, or take reference='base'"
             )
         return found

@@ -158,7 +158,7 @@ class RouterTrainerMixin:
             refuse_unlabelled(self.mixture, self._has_teacher)
         if training and labels is None and self._distiller is not None:
             refuse_distillation(self, self.mixture)
-        known = {"prompt_mask": self._prompt_mask(inputs), "domains": domains}
+        known: dict[str, Any] = {"prompt_mask": self._prompt_mask(inputs), "domains": domains}
         lesson = self._distiller.teach(model, inputs, known) if self._distiller else None
         listening = (
             self._distiller.listen(with_grad_only=training)

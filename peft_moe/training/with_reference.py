@@ -54,8 +54,8 @@ class ReferenceMixin(RouterTrainerMixin):
             )
         if follows and getattr(args, "precompute_ref_log_probs", False):
             raise PeftMoeError(
-                "sync_ref_model=True moves the reference, whose log-probabilities precompute_ref_log_probs=True "
-                "computes once; set one of the two to False"
+                "sync_ref_model=True moves the reference, whose log-probabilities "
+                "precompute_ref_log_probs=True computes once; set one of the two to False"
             )
         if _sharded(args):
             raise PeftMoeError(
@@ -84,8 +84,8 @@ class ReferenceMixin(RouterTrainerMixin):
         state: Any = getattr(self, "state")  # noqa: B009  # the trainer's own, untyped
         if measured and self.reference is not None and state.global_step == 0 and self.reference.moved():
             raise PeftMoeError(
-                "precompute_ref_log_probs=True measured the reference when the trainer was made, and the router "
-                "was changed since (fitted?); change it before, or set precompute_ref_log_probs=False"
+                "precompute_ref_log_probs=True measured the reference when the trainer was made, and the "
+                "router was changed since (fitted?); change it before, or set precompute_ref_log_probs=False"
             )
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -108,8 +108,8 @@ class ReferenceMixin(RouterTrainerMixin):
             held = self.reference.held or {}
             if measured and any(not value.equal(held[name]) for name, value in measured.items()):
                 raise PeftMoeError(
-                    f"precompute_ref_log_probs=True measured another start than that of {checkpoint}; make the "
-                    "trainer with the mixture that the run began with, or set precompute_ref_log_probs=False"
+                    f"precompute_ref_log_probs=True measured another start than that of {checkpoint}; make "
+                    "the trainer with the mixture that the run began with, or set precompute_ref_log_probs=False"
                 )
 
 

@@ -79,17 +79,9 @@ class PlainRouterTrainer(RouterTrainerMixin, Trainer):
     """The mixin on transformers' own trainer."""
 
 
-def make_trainer(
-    kind: str,
-    model: Any,
-    data: Dataset,
-    folder: Path,
-    *,
-    given: dict[str, Any] | None = None,
-    **settings: Any,
-) -> Any:
-    """A "sft" or "plain" trainer with the mixin; ``given`` are further constructor arguments."""
-    defaults = {
+def defaults_for(folder: Path) -> dict[str, Any]:
+    """Arguments of every trainer under test: one step, float32, on the CPU, silent."""
+    return {
         "output_dir": str(folder),
         "max_steps": 1,
         "per_device_train_batch_size": 4,
@@ -106,6 +98,19 @@ def make_trainer(
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
     }
+
+
+def make_trainer(
+    kind: str,
+    model: Any,
+    data: Dataset,
+    folder: Path,
+    *,
+    given: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A "sft" or "plain" trainer with the mixin; ``given`` are further constructor arguments."""
+    defaults = defaults_for(folder)
     given = given or {}
     if kind == "plain":
         args: Any = TrainingArguments(**defaults | settings)
