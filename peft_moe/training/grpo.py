@@ -137,5 +137,6 @@ def check_sampling(config: MoLoraConfig, args: Any, named: dict[str, Any]) -> No
     if tools is not None and config.router_granularity != "token":
         raise PeftMoeError(
             f"{tools} puts results into the middle of a completion: router={config.router!r} would decide "
-            "anew when it generates behind them, and not when it trains; take one with router_granularity='token'"
+            "anew when it generates behind them, and not when it trains; take one with "
+            "router_granularity='token'"
         )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import PeftMoeError, near_matches
+from ..new_folder import replace_file
 from ..routers import Router
 from ..routing import record_routing
 from ..sharing import named_routers
@@ -99,10 +100,8 @@ class Reference(nn.Module):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write what is held into a checkpoint: beside its place, then renamed."""
         if self.held is not None:
-            place = Path(folder, FILE)
-            beside = place.with_name(f".{FILE}.{os.getpid()}")
-            save_file({n: value.contiguous().cpu() for n, value in self.held.items()}, beside)
-            os.replace(beside, place)
+            held = {name: value.contiguous().cpu() for name, value in self.held.items()}
+            replace_file(Path(folder, FILE), lambda beside: save_file(held, beside))
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Take the start from a checkpoint.

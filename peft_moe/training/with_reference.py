@@ -109,7 +109,8 @@ class ReferenceMixin(RouterTrainerMixin):
             if measured and any(not value.equal(held[name]) for name, value in measured.items()):
                 raise PeftMoeError(
                     f"precompute_ref_log_probs=True measured another start than that of {checkpoint}; make "
-                    "the trainer with the mixture that the run began with, or set precompute_ref_log_probs=False"
+                    "the trainer with the mixture that the run began with, or set "
+                    "precompute_ref_log_probs=False"
                 )
 
 

@@ -237,7 +237,7 @@ def test_engines_and_tools_that_sample_from_another_policy_are_refused(zoo: Zoo,
             "grpo", mixture(zoo, "grpo", routing), tmp_path, given=given, **settings
         )
 
-    with pytest.raises(PeftMoeError, match=r"use_vllm=True needs weights.*set use_vllm=False"):
+    with pytest.raises(PeftMoeError, match=r"use_vllm=True needs the mixture merged.*set use_vllm=False"):
         make("dense", use_vllm=True)
     with pytest.raises(PeftMoeError, match="packs prompts into one row"):
         make("prompt-probe", use_transformers_continuous_batching=True)

@@ -157,11 +157,23 @@ def test_a_resumed_run_keeps_the_start_of_the_first(zoo: Zoo, tmp_path: Path) ->
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(router_values(resumed.model), router_values(straight.model))
     assert log_of(resumed, "loss")[-1] == log_of(straight, "loss")[3]
-    (checkpoint / FILE).unlink()
+
+
+def test_a_start_is_never_made_up(zoo: Zoo, tmp_path: Path) -> None:
+    """A run against the base keeps none: going on from it against "start" would take the trained router."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    given = {"reference": "base"}
+    make_preference_trainer("dpo", zoo.mixture("llama", "top2"), tmp_path, given=given, **saving).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert not (checkpoint / FILE).exists()
+    other = make_preference_trainer("dpo", zoo.mixture("llama", "top2"), tmp_path / "c", max_steps=4)
     with pytest.raises(PeftMoeError, match=r"holds no reference\.safetensors"):
-        make_preference_trainer("dpo", zoo.mixture("llama", "top2"), tmp_path / "c").train(
-            resume_from_checkpoint=str(checkpoint)
-        )
+        other.train(resume_from_checkpoint=str(checkpoint))
+    fine = make_preference_trainer(
+        "dpo", zoo.mixture("llama", "top2"), tmp_path / "c", given=given, max_steps=4
+    )
+    fine.train(resume_from_checkpoint=str(checkpoint))
+    assert fine.state.global_step == 4
 
 
 @pytest.mark.parametrize("kind", WITH_REFERENCE)
