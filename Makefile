@@ -1,4 +1,4 @@
-# make setup · demo · fmt · check · test · test-slow · bench · clean
+# make setup · demo · fmt · check · test · test-slow · test-long · bench · clean
 PYTHON ?= python3
 JOBS ?= 2
 
@@ -10,7 +10,7 @@ PEFT_TESTS := $(VENV)/peft-tests/.fetched
 # Threads of one test process; more only fight with the other processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo fmt check test test-slow test-gpu bench clean
+.PHONY: setup demo fmt check test test-slow test-long test-gpu bench clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,11 @@ $(PEFT_TESTS): $(STAMP) tests/peft_contract/sdist.txt
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+# Ten thousand examples of every property, a thousand kills while saving, a hundred while training: hours.
+test-long: $(STAMP)
+	HYPOTHESIS_PROFILE=long PEFT_MOE_KILLS=1000 PEFT_MOE_KILLED_RUNS=34 \
+	$(BIN)/python -m pytest -n $(JOBS) tests/faults tests/unit/test_bad_inputs.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -98,6 +98,7 @@ def note_experts(
         seat.handles += arrivals.handles
     arrivals.configs[adapter] = config
     arrivals.open.pop(adapter, None)
+    arrivals.before.clear()  # what was kept for another adapter knows nothing of this one
     if plan.files and not config.experts_train:
         for record, digest in zip(config.records(), expert_digests(model, adapter), strict=True):
             record["digest"] = digest

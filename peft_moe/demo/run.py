@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..evaluation import Score, recovered, summarise
+from ..saving import save_mixture
 from . import BASE_NAME, asset_path
 from .data import BASE_SKILLS, TWO_SKILLS, UNSEEN_SKILLS, Turns, router_samples, test_texts
 from .methods import (
@@ -152,7 +153,7 @@ def _results(
 
 def _keep(out: Path, mixture: Any, tokenizer: Any, results: dict[str, Any]) -> None:
     folder = out / "mixture"
-    mixture.save_pretrained(folder)
+    save_mixture(mixture, folder)
     tokenizer.save_pretrained(folder)
     # Beside and renamed: a reader never sees half a file.
     beside = out / "results.json.tmp"

@@ -69,7 +69,7 @@ NAMED: dict[str, list[str]] = {
     "B16": ["faults/test_registry.py::test_a_config_asks_for_nothing_that_the_base_says"],
     "B17": ["faults/test_registry.py::test_documents_say_what_to_import_first"],
     "B19": ["unit/test_config.py::test_a_field_of_the_future_is_left_out_with_a_warning"],
-    "B20": ["integration/test_integrity.py::test_old_files_without_digests_and_cast_ones_load"],
+    "B20": ["faults/test_golden_mixtures.py::test_it_loads_and_computes_what_it_did"],
     "B21": ["unit/test_config.py::test_bytes_do_not_depend_on_hashing"],
     "C1": ["faults/test_properties.py::test_a_cut_anywhere_is_refused_by_the_name_of_the_file"],
     "C3": [f"{_ROW}[pickle only]", f"{_BAD}::test_pickle_only_on_the_hub"],

@@ -1,6 +1,6 @@
 """Train a router in child processes that are killed: ``python train_and_die.py BASE WIDE NARROW``.
 
-For every line "OUT STEPS FRACTION" on its input, a child trains in the folder OUT, from the last whole
+For every line "OUT SEED STEPS FRACTION" on its input, a child trains in the folder OUT, from the last whole
 checkpoint there if any. It is killed when it has ended so many steps and a fraction of a step's time has
 passed; with STEPS -1 it goes on to the end. The answer is a letter for the step that it began from, a dot for
 each step that it ended, and at the end a digest of all weights; then how the child ended.
@@ -42,9 +42,9 @@ class Tell(TrainerCallback):
         os.write(self.pipe, b".")
 
 
-def train(base: str, experts: dict[str, str], out: str, pipe: int) -> None:
+def train(base: str, experts: dict[str, str], out: str, seed: int, pipe: int) -> None:
     """A router whose scores are noisy, so that random numbers count, and a schedule that falls."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = MoLoraConfig(experts=experts, router="noisy_top_k")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     settings = {
@@ -54,7 +54,7 @@ def train(base: str, experts: dict[str, str], out: str, pipe: int) -> None:
         "save_total_limit": 3,
         "lr_scheduler_type": "linear",
         "per_device_train_batch_size": 2,
-        "seed": 3,
+        "seed": seed,
     }
     data, given = Dataset.from_list(samples(16)), {"callbacks": [Tell(pipe)]}
     trainer = make_trainer("sft", model, data, Path(out), given=given, **settings)
@@ -71,13 +71,13 @@ def main() -> None:
     seconds = 0.1
     print("ready", flush=True)
     for line in sys.stdin:
-        out, wanted, fraction = line.split()
+        out, seed, wanted, fraction = line.split()
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reading)
             os.dup2(2, 1)  # what the trainer prints is no answer
-            train(base, {"wide": wide, "narrow": narrow}, out, writing)
+            train(base, {"wide": wide, "narrow": narrow}, out, int(seed), writing)
             os._exit(0)
         os.close(writing)
         said = b""
