@@ -20,6 +20,7 @@ from .ranks import RankMap
 
 # On a CPU a narrow product costs some ten microseconds before it starts, a float32 one about one.
 _FEW_FLOPS = 2e6
+_NARROW = (torch.bfloat16, torch.float16)
 # Beyond so many times the factors, copies of slabs cost memory that no time is worth.
 _MOST_COPIES = 2
 
@@ -53,24 +54,26 @@ class Gather:
         """``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
         x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, abstains = operands
         assert ids_SK is not None, "supports() has seen to it"
-        sets, chosen = ids_SK.shape
-        work = 2 * len(x_NI) * chosen * ranks.width * (A_RI.shape[1] + B_RO.shape[1])
+        (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
         wide = product_dtype(x_NI, A_RI)
-        if x_NI.device.type == "cpu" and work < _FEW_FLOPS and wide.itemsize < 4:
-            wide = torch.float32
+        if wide in _NARROW and x_NI.is_cpu:
+            work = 2 * tokens * chosen * ranks.width * (width + out)
+            wide = torch.float32 if work < _FEW_FLOPS else wide
         A_SRI, B_SRO, absent = _slabs(A_RI, B_RO, ids_SK, ranks, abstains)
         x_NI, A_SRI, B_SRO = x_NI.to(wide), A_SRI.to(wide), B_SRO.to(wide)
-        weights_SK1 = ranks.scale_chosen(weights_SK, ids_SK).to(wide)[..., None]
+        weights_SK1 = ranks.scale_chosen(weights_SK, ids_SK).unsqueeze(-1)
+        if weights_SK1.dtype != wide:
+            weights_SK1 = weights_SK1.to(wide)
         if sets == 1:
-            h_NR = functional.linear(x_NI, A_SRI.view(-1, A_RI.shape[1]))
+            h_NR = functional.linear(x_NI, A_SRI.view(-1, width))
         else:
-            h_NR = torch.bmm(A_SRI.view(sets, -1, A_RI.shape[1]), x_NI[..., None])
-        hg_NKW = h_NR.view(len(x_NI), chosen, -1) * weights_SK1
+            h_NR = torch.bmm(A_SRI.view(sets, -1, width), x_NI[..., None])
+        hg_NKW = h_NR.view(tokens, chosen, -1) * weights_SK1
         if absent is not None:
             hg_NKW = hg_NKW.masked_fill(absent, 0.0)
         if sets == 1:
-            return add_product(base_NO, hg_NKW.view(h_NR.shape), B_SRO.view(-1, B_RO.shape[1]))
-        delta_N1O = torch.bmm(hg_NKW.view(sets, 1, -1), B_SRO.view(sets, -1, B_RO.shape[1]))
+            return add_product(base_NO, hg_NKW.view(h_NR.shape), B_SRO.view(-1, out))
+        delta_N1O = torch.bmm(hg_NKW.view(sets, 1, -1), B_SRO.view(sets, -1, out))
         return (base_NO + delta_N1O[:, 0]).to(base_NO.dtype)
 
 
@@ -79,12 +82,14 @@ def _slabs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The chosen rows of both factors, and where there are none, for [S, K, W]."""
     if ranks.equal:
-        experts = len(ranks.ranks)
-        absent = (ids_SK == experts)[..., None] if abstains else None
-        ids = (ids_SK.clamp_max(experts - 1) if abstains else ids_SK).flatten()
         # One row per expert: rows are picked several times faster than ranks.
-        A_SX, B_SX = (t.reshape(experts, -1).index_select(0, ids) for t in (A_RI, B_RO))
-        return A_SX, B_SX, absent
+        experts, ids = len(ranks.ranks), ids_SK.flatten()
+        absent = None
+        if abstains:
+            absent = (ids_SK == experts).unsqueeze(-1)
+            ids = ids.clamp_max(experts - 1)
+        A_EX, B_EX = A_RI.reshape(experts, -1), B_RO.reshape(experts, -1)
+        return A_EX.index_select(0, ids), B_EX.index_select(0, ids), absent
     rows_SKW = ranks.rows(ids_SK.device)[ids_SK]
     rows = rows_SKW.clamp_max(ranks.total - 1).view(-1)
     return A_RI.index_select(0, rows), B_RO.index_select(0, rows), rows_SKW == ranks.total
