@@ -40,7 +40,9 @@ class LinearScorer(Scorer):
         return mine.forward is own.forward and mine.score is own.score
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias, dtype = self.weight, self.bias, x.dtype
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        dtype = x.dtype
         if weight.dtype != dtype:  # a call without effect costs as much as the product, at one token
             weight, bias = weight.to(dtype), bias.to(dtype)
         return functional.linear(x, weight, bias)
