@@ -1,12 +1,13 @@
 """Fit the cost model's constants to this device: bf16 and float32, frozen experts, two chosen ones.
 
-    python benchmarks/calibrate.py            # prints them beside the shipped ones; a minute or two of one core
+    python benchmarks/calibrate.py            # prints them; under a minute of one core
     python benchmarks/calibrate.py --write    # and puts them into peft_moe/ops/devices.json
 
-Forms are timed where they run: behind their base layer, with another routing in every call, some even and some
-not. Peaks come from a large product and a copy. What a form takes beyond its arithmetic is then split among the
-constants by least squares without negative ones. On a CPU the clock is the CPU time of one thread; on a GPU,
-CUDA events, and Triton's kernels are timed as well, and kept where they won at every size from some on.
+Forms are timed where they run: behind their base layer, with another routing in every call, some even and
+some not. Peaks come from a large product and a copy. What a form takes beyond its arithmetic is then split
+among the constants by least squares without negative ones. On a CPU the clock is the CPU time of one thread;
+on a GPU, CUDA events, and Triton's kernels are timed as well, and kept where they won at every size from some
+number of tokens on. (The GPU part has not run on a GPU yet.)
 """
 
 from __future__ import annotations
