@@ -22,7 +22,7 @@ from .saved_files import check_weights_file, file_digest, read_json
 
 # A field that changes what a saved mixture computes raises this number, and older versions then refuse the
 # file; of any other field that they do not know they only warn, which is PEFT's contract.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: mixing
 
 
 @dataclass
@@ -43,6 +43,10 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         r, lora_alpha, use_rslora, init_weights: of fresh experts only. ``init_weights=False`` starts
             B at random instead of zero (for tests).
         train_experts: whether the experts train as well. Default: fresh ones do, given ones do not.
+        mixing: where experts are mixed. "linear": at the output of every linear layer. "block": at that of
+            every feed-forward network, y = FFN(x) + Σ g_e (FFN_e(x) - FFN(x)), with one router for each
+            (MixLoRA, Mixtral); other layers, such as attention, are mixed per linear beside it. Fresh experts
+            then adapt the feed-forward networks where target_modules is left out.
         allow_base_mismatch: accept adapters that name another base model.
         base_precision: how the base's weights were kept when the mixture was made ("full",
             "bitsandbytes nf4"); written at injection, compared at loading.
@@ -73,6 +77,7 @@ class MoLoraConfig(RoutingFields, PeftConfig):
     use_rslora: bool = False
     init_weights: bool = True
     train_experts: bool | None = None
+    mixing: str = "linear"
     allow_base_mismatch: bool = False
     base_precision: str | None = None
     base_fingerprint: dict[str, Any] | None = None

@@ -55,6 +55,11 @@ def check_routing(config: MoLoraConfig, settings: RouterSettings, scorer: type[S
             f"router={config.router!r} reads the experts of one layer, so that router_scope must be "
             f"'module', not {config.router_scope!r}"
         )
+    if scorer.reads_experts and config.mixing == "block":
+        raise PeftMoeError(
+            f"router={config.router!r} reads the experts of one layer, and mixing='block' decides for "
+            "several; use mixing='linear', or router='linear'"
+        )
     check_selection(config, settings)
     _check_idle(config, settings, scorer)
     sparse = settings.is_sparse

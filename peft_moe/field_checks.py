@@ -40,6 +40,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "router_granularity": ("token", "sequence", "running"),
     "router_pool": POOLS,
     "scoring_func": tuple(SCORING_FUNCS),
+    "mixing": ("linear", "block"),
     "bias": ("none", "all", "molora_only"),
     "topk_method": ("greedy", "top_p", "expert_choice"),
 }
@@ -57,7 +58,7 @@ def check_fields(config: MoLoraConfig) -> None:
             raise PeftMoeError(f"{name}={_shown.repr(value)} must be {wanted}")
     for name, options in _CHOICES.items():
         value = getattr(config, name)
-        if value not in options and (value is not None or name == "bias"):
+        if value not in options and (value is not None or name in ("bias", "mixing")):
             raise PeftMoeError(f"{name}={value!r} is not known.{near_matches(str(value), options)}")
     check_backend(config.backend)
     _check_experts(config.experts)

@@ -14,17 +14,18 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .block_mixing import Member, mix_in_block
+from .deciding import Decider
 from .errors import PeftMoeError
 from .experts.held import held_rows, hold, trained_part
-from .limits import refuse_merged, refuse_passing, refuse_unheard
+from .limits import refuse_merged, refuse_passing
 from .linear import as_linear, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
-from .model_router import model_decision
 from .ops import RankMap, folded_delta, mix
 from .requantise import read_weight, write_weight
 from .routers import Router
 from .routing import Routing, current_context
-from .sharing import MixtureLayer, block_decision, take_decision
+from .sharing import MixtureLayer
 
 
 class MoLoraLayer(nn.Module, MixtureLayer):
@@ -37,7 +38,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("rank_maps", "scopes", "below_tap", "constant_routers", "backends", "held")
+    other_param_names = ("rank_maps", "deciders", "members", "constant_routers", "backends", "held")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -54,10 +55,10 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.molora_B = nn.ModuleDict()
         self.molora_router = nn.ModuleDict()
         self.rank_maps: dict[str, RankMap] = {}
-        self.scopes: dict[str, str] = {}
+        self.deciders: dict[str, Decider] = {}
+        # Of mixing="block": the feed-forward network that this layer is part of.
+        self.members: dict[str, Member] = {}
         self.backends: dict[str, str] = {}
-        # Whether the adapter's tap lies above this layer, which then follows the prompt's decision.
-        self.below_tap: dict[str, bool] = {}
         # Routers that this layer shares with others and whose gates do not depend on the input.
         self.constant_routers: dict[str, Any] = {}
         # Ranks of experts that stay as they are while others train.
@@ -73,10 +74,10 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         B_RO: Tensor,
         rank_map: RankMap,
         *,
-        scope: str,
+        decider: Decider,
         router: Router | None,
         trains: Sequence[bool],
-        below_tap: bool = False,
+        member: Member | None = None,
         backend: str = "auto",
     ) -> None:
         """Put a mixture on this layer.
@@ -85,18 +86,19 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             adapter: the adapter's name.
             A_RI, B_RO: the experts' factors on one rank axis, in the dtype they came in.
             rank_map: which rank belongs to which expert.
-            scope: who decides: "module", "block" or "model".
+            decider: who decides.
             router: this layer's own router, for scope "module"; None where it is shared.
             trains: of each expert, whether it trains. If none does, all are declared frozen to PEFT, which
                 then keeps them so; else those that do not are held still.
-            below_tap: this layer follows the prompt's decision of scope "model".
+            member: the feed-forward network at whose output the experts are mixed; None mixes them here.
             backend: how the mixture is computed.
         """
         self.molora_A[adapter] = as_linear(A_RI)
         self.molora_B[adapter] = as_linear(B_RO)
         self.rank_maps[adapter] = rank_map
-        self.scopes[adapter] = scope
-        self.below_tap[adapter] = below_tap
+        self.deciders[adapter] = decider
+        if member is not None:
+            self.members[adapter] = member
         self.backends[adapter] = backend
         if router is not None:
             self.molora_router[adapter] = router
@@ -143,8 +145,11 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     def _mix(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if adapter in self.awaited:
             self._check_arrived(adapter)
+        if adapter in self.members:
+            return mix_in_block(self, adapter, x, result)
         rows = rows_of(adapter, x, self.name)
-        routing = self._decide(adapter, x)
+        router: Any = dict(self.molora_router).get(adapter)
+        routing = self.deciders[adapter].decide(adapter, self.name, x, router)
         if rows is None:
             return self._apply_experts(adapter, routing, x, result)
         part = self._apply_experts(adapter, narrow(routing, rows, x), x[rows], result[rows])
@@ -165,30 +170,6 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             backend=self.backends[adapter],
         )
         return mixed_NO.view(result.shape)
-
-    def _decide(self, adapter: str, x: Tensor) -> Routing:
-        context = current_context()
-        if context is None:
-            refuse_unheard(self.name)
-        if context is not None and context.gates is not None:
-            return self._given(adapter, context.gates)
-        scope = self.scopes[adapter]
-        if scope == "model":
-            return model_decision(adapter, self.name, below_tap=self.below_tap[adapter])
-        # A router wants [B, T, I]; a layer that sees loose tokens (a sparse base's expert) has one row.
-        tokens_BTI = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
-        if scope == "block":
-            return block_decision(adapter, tokens_BTI, self.name)
-        return take_decision(self.molora_router[adapter], adapter, self.name, tokens_BTI)
-
-    def _given(self, adapter: str, gates_B1E: Tensor) -> Routing:
-        experts = len(self.rank_maps[adapter].ranks)
-        if gates_B1E.shape[-1] != experts:
-            raise PeftMoeError(
-                f"gates for {gates_B1E.shape[-1]} experts were given, this mixture has {experts}; "
-                "give one weight for each"
-            )
-        return Routing(gates=gates_B1E)
 
     def _check_arrived(self, adapter: str) -> None:
         # Such experts start empty or as NaN; whoever loads them overwrites all of it, on whatever path.
@@ -214,9 +195,15 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         """Gates [E] of a router that does not read its input.
 
         Raises:
-            PeftMoeError: the gates depend on the input, so that there is nothing to merge.
+            PeftMoeError: the gates depend on the input, or act behind the next layer: nothing can be merged.
         """
         refuse_passing(adapter)
+        if adapter in self.members:
+            raise PeftMoeError(
+                f"adapter {adapter!r} mixes whole feed-forward networks (mixing='block'), whose sum is no "
+                "single network, so that it cannot be merged into one weight; serve it with peft_moe "
+                "imported, or use mixing='linear' with router='uniform'"
+            )
         shared = self.constant_routers.get(adapter)
         router = self.molora_router[adapter] if adapter in self.molora_router else shared  # noqa: SIM401  # ModuleDict has no get
         if router is None or router.reads_input:

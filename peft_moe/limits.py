@@ -14,6 +14,7 @@ from .call import per_row
 from .config import MoLoraConfig
 from .controls import NO_EXPERT, ROUTER, Controls, Limits, current_controls, resolve
 from .errors import PeftMoeError
+from .mixed_batch import named_adapters
 from .routing import RoutingContext, current_inputs
 
 
@@ -116,6 +117,24 @@ def _only(mixtures: Mapping[str, MoLoraConfig], what: str) -> tuple[str, MoLoraC
 def _device(context: RoutingContext) -> Any:
     known = (context.input_ids, context.real, context.domains, context.prompt)
     return next((t.device for t in known if t is not None), torch.device("cpu"))
+
+
+def refuse_company(mixtures: Mapping[str, MoLoraConfig]) -> None:
+    """Rows of an FFN part for one mixture only.
+
+    Args:
+        mixtures: what runs in this pass.
+
+    Raises:
+        PeftMoeError: a mixture with mixing="block" is not alone, or not on all rows of the batch.
+    """
+    block = next((adapter for adapter, config in mixtures.items() if config.mixing == "block"), None)
+    if block is not None and (len(mixtures) > 1 or named_adapters() is not None):
+        raise PeftMoeError(
+            f"adapter {block!r} mixes whole feed-forward networks (mixing='block'), and cannot run beside "
+            "other adapters in one pass, nor on some rows of a batch (adapter_names); set_adapter() one at "
+            "a time"
+        )
 
 
 def refuse_unheard(layer_name: str) -> None:

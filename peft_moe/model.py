@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from .backend_check import refuse_unfit_backend
 from .base_fingerprint import note_base
 from .base_precision import note_precision
+from .block_mixing import find_blocks, member_of, seat_feed_forwards
 from .call import given_shape
 from .config import MoLoraConfig
 from .controlled import Controlled
+from .deciding import Decider
 from .depth import Depth
 from .empty_weights import real_weights
 from .errors import PeftMoeError
 from .experts.plan import plan_experts
+from .feed_forward import FeedForward
 from .four_bit import keep_unpacked
 from .integrity import check_load, note_experts
 from .layer import MoLoraLayer
@@ -74,19 +77,20 @@ class MoLoraModel(Controlled, BaseTuner):
         depth = Depth(config, model)
         refuse_unfit_backend(config, model)
         plan = plan_experts(config, model)
+        blocks = find_blocks(config, model, plan)
         if tap is not None:
             tap.refuse_towers(model, config)
         # Experts that were just read are real already; a loader fills all others.
         empty = low_cpu_mem_usage and not plan.files
         # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
-        self.__dict__["_injection"] = (plan, tap, stack, depth)
+        self.__dict__["_injection"] = (plan, tap, stack, depth, blocks)
         with init_empty_weights() if empty else real_weights():
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, empty, state_dict)
             finally:
                 self.__dict__.pop("_injection", None)
                 plan.close()
-            self._seat_routers(model, adapter_name, config, tap, depth)
+            self._seat_routers(model, adapter_name, config, tap, depth, blocks)
         note_experts(model, getattr(model, MODEL_SEAT), adapter_name, config, plan, before)
 
     def _create_and_replace(
@@ -99,16 +103,19 @@ class MoLoraModel(Controlled, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan, tap, stack, depth = self.__dict__["_injection"]
+        plan, tap, stack, depth, blocks = self.__dict__["_injection"]
         rank_map = depth.cut(plan.rank_map(current_key), current_key)
         below = tap is not None and not tap.lies_above(stack, current_key)
         if rank_map.total == 0 or (below and tap.below == "base"):
             return
         layer = target if isinstance(target, MoLoraLayer) else MoLoraLayer(target, current_key)
         A_RI, B_RO = plan.factors(current_key, rank_map, layer.in_features, layer.out_features)
-        scope = str(peft_config.router_scope)
-        settings = depth.settings(current_key)
-        router = Router(settings, layer.in_features) if scope == "module" else None
+        decider = Decider(
+            peft_config, str(peft_config.router_scope), below and peft_config.router_below_tap == "prompt"
+        )
+        member = member_of(blocks, current_key)
+        own = decider.scope == "module" and member is None
+        router = Router(depth.settings(current_key), layer.in_features) if own else None
         if router is not None:
             router.scorer.expect_experts(rank_map.ranks)
         layer.add_mixture(
@@ -116,10 +123,10 @@ class MoLoraModel(Controlled, BaseTuner):
             A_RI,
             B_RO,
             rank_map,
-            scope=scope,
+            decider=decider,
             router=router,
             trains=peft_config.trains,
-            below_tap=below and peft_config.router_below_tap == "prompt",
+            member=member,
             backend=peft_config.backend,
         )
         if plan.awaited or layer.molora_A[adapter_name].weight.is_meta:
@@ -140,7 +147,13 @@ class MoLoraModel(Controlled, BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _seat_routers(
-        self, model: nn.Module, adapter: str, config: MoLoraConfig, tap: Tap | None, depth: Depth
+        self,
+        model: nn.Module,
+        adapter: str,
+        config: MoLoraConfig,
+        tap: Tap | None,
+        depth: Depth,
+        blocks: dict[str, FeedForward],
     ) -> None:
         # Only now: a seat that exists before the first injection makes PEFT leave the base trainable.
         seat = getattr(model, MODEL_SEAT, None)
@@ -148,8 +161,8 @@ class MoLoraModel(Controlled, BaseTuner):
             seat = ModelRouter(model)
             setattr(model, MODEL_SEAT, seat)
         seat.mixtures[adapter] = config
-        others = ("expert_orthogonality_coef", "distillation_coef", "router_bias_update_rate")
-        wanted = [*active_losses(config), *(name for name in others if getattr(config, name))]
+        further = ("expert_orthogonality_coef", "distillation_coef", "router_bias_update_rate")
+        wanted = [*active_losses(config), *(name for name in further if getattr(config, name))]
         if wanted:
             seat.loss_fields[adapter] = wanted[-1]
         seats: list[SharedRouter] = [seat]
@@ -159,8 +172,10 @@ class MoLoraModel(Controlled, BaseTuner):
         if tap is not None:
             width = _hidden_size(model, layers)
             seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
+        seats += seat_feed_forwards(model, adapter, depth, layers, blocks)
         if config.router_scope == "block":
-            seats += seat_blocks(model, adapter, depth, layers)
+            others = {name: layer for name, layer in layers.items() if adapter not in layer.members}
+            seats += seat_blocks(model, adapter, depth, others)
         if config.router_granularity != "token" or config.router_below_tap == "prompt":
             seat.per_prompt.add(adapter)
         if config.router_granularity == "running":

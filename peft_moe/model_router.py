@@ -26,7 +26,7 @@ from .checkpointing import bind_checkpoints, refuse_reentrant
 from .config import MoLoraConfig
 from .decode_state import REMEMBERED, RouterState, attach_state, find_state
 from .errors import PeftMoeError
-from .limits import apply_controls
+from .limits import apply_controls, refuse_company
 from .probe import TapReached, run_probe
 from .routers import Router
 from .routing import (
@@ -96,6 +96,7 @@ class ModelRouter(SharedRouter):
         context = read_call(call, causal=generates(model), given=self.given, count_turns=turns)
         if not self.disable_adapters:
             mixtures = {a: self.mixtures[a] for a in self.adapters_now() if a in self.mixtures}
+            refuse_company(mixtures)
             apply_controls(context, mixtures, self.given)
         enter_context(context)
         bind_checkpoints(model)

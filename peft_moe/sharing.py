@@ -71,7 +71,7 @@ class SharedRouter(nn.Module, MixtureLayer):
     """Routers of one block or of the whole model, one per adapter."""
 
     adapter_layer_names = ("molora_router",)
-    other_param_names = ()
+    other_param_names: tuple[str, ...] = ()
     # PEFT asks every layer of its methods for these; there is no base layer to answer for.
     in_features = out_features = None
 
@@ -134,6 +134,16 @@ class BlockRouter(SharedRouter):
     follow. The decision lives exactly as long as the call of the block, so that a recomputed block
     decides again, and nothing is left over for the next forward pass.
     """
+
+    other_param_names = ("deciders",)
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        # Of mixing="block": who decides here, by adapter; those with experts in the last linear; the linears
+        # that are watched for it.
+        self.deciders: dict[str, Any] = {}
+        self.joined: set[str] = set()
+        self.watched: tuple[str, ...] = ()
 
     def _home(self, adapter: str) -> nn.Module | None:
         block: nn.Module = self.__dict__["_block"]

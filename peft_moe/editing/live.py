@@ -156,7 +156,7 @@ class Editor(LiveMixture):
         tap, stack = resolve_tap(self.config, self.inner)
         plan = ExpertPlan(list(edit.specs), files=[file])
         dtype: Any = next(iter(self.layers.values())).molora_A[self.adapter].weight.dtype
-        self.tuner.__dict__["_injection"] = (plan, tap, stack, depth)
+        self.tuner.__dict__["_injection"] = (plan, tap, stack, depth, {})
         try:
             for name in wanted:
                 parent, _, child = name.rpartition(".")

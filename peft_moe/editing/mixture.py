@@ -61,6 +61,11 @@ class LiveMixture:
         self.tuner: MoLoraModel = model.base_model  # type: ignore[assignment]
         self.inner: nn.Module = self.tuner.model
         self.seat: ModelRouter = getattr(self.inner, MODEL_SEAT)
+        if self.config.mixing == "block":
+            raise PeftMoeError(
+                "a mixture with mixing='block' is not edited in memory; save it, edit the folder (peft-moe "
+                "edit), and load it again"
+            )
         self.order = {name: number for number, (name, _) in enumerate(self.inner.named_modules())}
         for layer in self.layers.values():
             if layer.merged:

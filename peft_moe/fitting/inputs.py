@@ -22,7 +22,7 @@ from ..model_router import ModelRouter
 from ..probe import TapReached, run_probe
 from ..routers import Router
 from ..routing import RoutingContext, current_context, routing_inputs
-from ..sharing import MODEL_SEAT
+from ..sharing import MODEL_SEAT, BlockRouter
 from .samples import Batch, Row, batches
 
 Take = Callable[[str, Tensor, Tensor], None]
@@ -138,17 +138,30 @@ class InputReader:
                     self.seat.taps[self.adapter].layer.register_forward_pre_hook(hook, with_kwargs=True)
                 )
         else:
-            for layer in list(self.model.modules()):
-                if isinstance(layer, MoLoraLayer) and self.adapter in layer.molora_A:
-                    name = layer.name if scope == "module" else layer.name.rpartition(".")[0]
-                    if name in routers:
-                        hook = partial(self._at_layer, name, routers[name], take)
-                        handles.append(layer.register_forward_pre_hook(hook))
+            for name, layers in self._readers().items():
+                for layer in layers if name in routers else ():
+                    hook = partial(self._at_layer, name, routers[name], take, layer)
+                    handles.append(self.model.get_submodule(layer).register_forward_pre_hook(hook))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _readers(self) -> dict[str, list[str]]:
+        """Layers whose input a router may read, by the router's name: the first that is called is meant."""
+        found: dict[str, list[str]] = {}
+        for module in self.model.modules():
+            if isinstance(module, BlockRouter) and self.adapter in module.deciders:
+                found[module.name] = list(module.watched[:-1])
+                continue
+            if not isinstance(module, MoLoraLayer) or self.adapter in module.members:
+                continue
+            if self.adapter in module.molora_A:
+                shared = self.config.router_scope == "block"
+                name = module.name.rpartition(".")[0] if shared else module.name
+                found.setdefault(name, []).append(module.name)
+        return found
 
     def _at_tap(
         self, name: str, router: Router, take: Take, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,19 +174,19 @@ class InputReader:
         raise TapReached(hidden_BTI)
 
     def _at_layer(
-        self, name: str, router: Router, take: Take, layer: MoLoraLayer, args: tuple[Any, ...]
+        self, name: str, router: Router, take: Take, layer: str, module: nn.Module, args: tuple[Any, ...]
     ) -> None:
         context = current_context()
         if context is None or context.shape is None:
             return
         # The layers of a block follow the first that it calls.
-        if self.config.router_scope == "block" and name in self.seen:
+        if name != layer and name in self.seen:
             return
         self.seen.add(name)
         x = args[0]
         if x.shape[:-1].numel() != context.shape[0] * context.shape[1]:
             raise PeftMoeError(
-                f"{layer.name} was given {tuple(x.shape[:-1])} tokens in a call of {context.shape}: it sees "
+                f"{layer} was given {tuple(x.shape[:-1])} tokens in a call of {context.shape}: it sees "
                 "other tokens than the text, so that labels cannot be told; leave it out of target_modules"
             )
         take(name, *self._rows(router, x.reshape(*context.shape, -1), context, pool=router.pools))

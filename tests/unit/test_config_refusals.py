@@ -64,6 +64,7 @@ BAD = {
     "use_rslora": [*NOT_BOOL, None],
     "init_weights": [*NOT_BOOL, None, "gaussian"],
     "train_experts": NOT_BOOL,
+    "mixing": ["ffn", "", None, 3, True, ["block"]],
     "router": ["lineer", "", None, 3, ["linear"], {}, "Linear", True],
     "router_scope": ["layer", "", 3, True, ["module"]],
     "router_tap": [-1, 1.5, True, False, "", [3]],

@@ -142,6 +142,7 @@ BITES: dict[str, Row] = {
     "use_rslora": (logits, {}, False, True),
     "init_weights": (logits, {}, False, True),
     "train_experts": (trained, {}, True, False),
+    "mixing": (logits, {}, "linear", "block"),
     "router": (logits, {}, "linear", "random"),
     "router_scope": (logits, {}, "module", "block"),
     "router_tap": (logits, SHARED, 1, 2),
