@@ -86,8 +86,8 @@ CONFIG_ROWS = [
     Row(
         "B19",
         "a newer format",
-        lambda b: edit(b.mixture, format_version=2),
-        ("format_version=2", "upgrade"),
+        lambda b: edit(b.mixture, format_version=99),
+        ("format_version=99", "upgrade"),
     ),
 ]
 

@@ -52,7 +52,7 @@ def main() -> None:
             adapter.save_pretrained(f"{adapters}/{name}")
             adapter.unload()
         experts = {name: f"{adapters}/{name}" for name in ADAPTERS}
-        config = MoLoraConfig(experts=experts, router="linear", top_k=2, null_expert=True)
+        config = MoLoraConfig(experts=experts, router="linear", top_k=2, null_expert=True, mixing="block")
         model = get_peft_model(base, config).eval()
         for record in model.peft_config["default"].records():
             record["source"] = f"adapters/{record['name']}"
