@@ -5,11 +5,12 @@
     python recipes/train_router.py --config recipes/configs/demo_router.yaml --resume_from_checkpoint last
 
 `experts` maps names to trained adapters; `train_files` maps a domain's name to a .jsonl file, a
-directory saved by `datasets` or a name on the Hub, all with columns prompt + completion, or messages,
-or text. A domain without an expert is generic data: with a null expert the router learns to leave it
-to the base. `mixture` holds fields of MoLoraConfig; `fit: true` solves the router from the prompts
-(seconds) before training refines it; `generic_share`, `domain_randomisation` and `switching_share`
-make it robust. All other keys are those of SFTConfig and ModelConfig.
+directory saved by `datasets` or a name on the Hub (with a configuration and a split of its own:
+`math: {path: openai/gsm8k, name: main, split: train}`), all with columns prompt + completion, or
+messages, or text. A domain without an expert is generic data: with a null expert the router learns
+to leave it to the base. `mixture` holds fields of MoLoraConfig; `fit: true` solves the router from
+the prompts (seconds) before training refines it; `generic_share`, `domain_randomisation` and
+`switching_share` make it robust. All other keys are those of SFTConfig and ModelConfig.
 
 Memory: the base, the experts and one batch of activations; 1.5 GB for the configs here. Held-out losses
 end at or a little above those of each domain's own expert; summary.json says where each domain was sent.
@@ -18,17 +19,16 @@ end at or a little above those of each domain's own expert; summary.json says wh
 import json
 import os
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from peft_moe import MoLoraConfig
-from peft_moe.errors import near_matches
 from peft_moe.fitting import fit_router
 from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser, last_good_checkpoint, robustness
-from peft_moe.training.data import KINDS, load_text_dataset, text_kind
+from peft_moe.training.recipe_arguments import by_domain, recipe_data, recipe_mixture
 
 
 @dataclass
@@ -48,38 +48,13 @@ class RouterArguments:
 
 def load_data(args: RouterArguments, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
     """Training records with a column `domain`, and held-out records of each domain."""
-    files = {domain: os.path.expandvars(name) for domain, name in args.train_files.items()}
-    data = load_text_dataset(files).shuffle(seed=seed)
-    data = data.select_columns([*KINDS[text_kind(data.column_names)], "domain"])
-    domains, train, heldout = data["domain"], [], {}
-    for domain, file in files.items():
-        rows = [row for row, name in enumerate(domains) if name == domain][: args.samples_per_domain]
-        count = max(1, int(len(rows) * args.eval_fraction))
-        if len(rows) <= count:
-            raise ValueError(
-                f"{file}: {len(rows)} records with eval_fraction={args.eval_fraction} leave none to train on."
-            )
-        heldout[domain] = data.select(rows[:count])
-        train += rows[count:]
-    return robustness.with_generic_share(data.select(train), args.generic_share, args.experts, seed), heldout
+    train, heldout = recipe_data(args.train_files, args.samples_per_domain, args.eval_fraction, seed)
+    return robustness.with_generic_share(train, args.generic_share, args.experts, seed), heldout
 
 
 def mixture_config(args: RouterArguments, model_args: ModelConfig) -> MoLoraConfig:
     """The mixture, with an error for each key that would have no effect."""
-    known = {f.name for f in fields(MoLoraConfig) if f.init} - {"experts", "task_type", "peft_type"}
-    for key in args.mixture:
-        if key not in known:
-            raise ValueError(f"mixture: {key!r} is no field of MoLoraConfig.{near_matches(key, known)}")
-    for key, value in vars(ModelConfig()).items():
-        if key.startswith("lora_") and getattr(model_args, key) != value:
-            raise ValueError(f"{key} has no effect: the experts are trained already. Leave it out.")
-    experts = {name: os.path.expandvars(path) for name, path in args.experts.items()}
-    return MoLoraConfig(experts=experts, task_type="CAUSAL_LM", **args.mixture)
-
-
-def by_domain(metrics: dict[str, float], domains: list[str], part: str) -> dict[str, float]:
-    """`{domain: value}` of the held-out metric whose name ends in `part`."""
-    return {d: round(metrics[f"eval_{d}_{part}"], 4) for d in domains}
+    return recipe_mixture(args.experts, args.mixture, model_args)
 
 
 if __name__ == "__main__":

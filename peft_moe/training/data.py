@@ -1,7 +1,8 @@
 """Loading of training text, shared by all recipes and by evaluation.
 
 Three kinds of records are accepted, as TRL's ``SFTTrainer`` reads them: ``prompt`` + ``completion``
-(two strings or two message lists), ``messages``, or ``text``. Other columns (``domain``) are kept.
+(two strings or two message lists), ``messages``, or ``text``; trainers of preferences have kinds of their
+own. Other columns (``domain``) are kept.
 What a trainer would misread in silence (ShareGPT roles, an empty completion) is refused here.
 """
 
@@ -12,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
@@ -23,6 +24,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
+}
+# What trainers of preferences and rewards read, by TRL's names of them; GRPO's completions are right answers.
+PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
+    "dpo": {"pairs": ("prompt", "chosen", "rejected")},
+    "kto": {"rated": ("prompt", "completion", "label"), "pairs": ("prompt", "chosen", "rejected")},
+    "grpo": {"answers": ("prompt", "completion")},
 }
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 SHAREGPT = (
@@ -41,12 +48,15 @@ FIXES: dict[tuple[str, ...], str] = {
     ("content",): "rename `content` to `text`",
 }
 
-Source = str | os.PathLike[str]
+Source = str | os.PathLike[str] | Mapping[str, str]
+Kinds = Mapping[str, tuple[str, ...]]
+# Of a source that is written as a dict, in the words of TRL's `datasets:`.
+SOURCE_KEYS = ("path", "name", "split")
 
 
-def text_kind(columns: Sequence[str]) -> str | None:
-    """The kind of records that ``columns`` make (a key of `KINDS`), or None if they make none."""
-    return next((kind for kind, need in KINDS.items() if set(need) <= set(columns)), None)
+def text_kind(columns: Sequence[str], kinds: Kinds = KINDS) -> str | None:
+    """The kind of records that ``columns`` make (a key of ``kinds``), or None if they make none."""
+    return next((kind for kind, need in kinds.items() if set(need) <= set(columns)), None)
 
 
 def load_text_dataset(
@@ -54,15 +64,18 @@ def load_text_dataset(
     split: str | None = None,
     *,
     config: str | None = None,
+    kinds: Kinds = KINDS,
 ) -> Dataset:
     """Load text for training or evaluation and check every record.
 
     Args:
         source: a ``.jsonl`` or ``.json`` file, a directory written by ``save_to_disk``, or the
-            name of a dataset on the Hub; a list of these (concatenated); or a dict
+            name of a dataset on the Hub; a dict ``{"path": …, "name": …, "split": …}`` of one of
+            these, its configuration and its split; a list of these (concatenated); or a dict
             ``{domain: source}``, whose keys become the column ``domain``.
         split: which split of a dataset that has several, "train" by default; files have one.
         config: the configuration of a Hub dataset ("main" of ``openai/gsm8k``).
+        kinds: what records may be, a name and the columns of each, in the order of their preference.
 
     Returns:
         Records of one kind with their other columns, except columns of another kind (`prompt`
@@ -71,23 +84,23 @@ def load_text_dataset(
     Raises:
         PeftMoeError: for every fault of the data; the message names the place and the remedy.
     """
-    if isinstance(source, str | os.PathLike):
-        return _load_one(source, split, config)
+    if isinstance(source, str | os.PathLike) or (isinstance(source, Mapping) and "path" in source):
+        return _load_one(cast(Source, source), split, config, kinds)
     if not source:
         raise PeftMoeError("No training data: the list of sources is empty.")
     if isinstance(source, Mapping):
-        names = [str(one) for one in source.values()]
+        names = [source_name(one) for one in source.values()]
         parts = []
         for domain, one in source.items():
-            part = _load_one(one, split, config)
+            part = _load_one(one, split, config, kinds)
             kept = part.remove_columns([c for c in part.column_names if c == "domain"])
             parts.append(kept.add_column("domain", [domain] * len(kept)))
     else:
-        names = [str(one) for one in source]
-        parts = [_load_one(one, split, config) for one in source]
-    kinds = {name: text_kind(part.column_names) for name, part in zip(names, parts, strict=True)}
-    if len(set(kinds.values())) > 1:
-        raise PeftMoeError(f"Sources of one dataset must be of one kind, got {kinds}. Convert one.")
+        names = [source_name(one) for one in source]
+        parts = [_load_one(one, split, config, kinds) for one in source]
+    found = {name: text_kind(part.column_names, kinds) for name, part in zip(names, parts, strict=True)}
+    if len(set(found.values())) > 1:
+        raise PeftMoeError(f"Sources of one dataset must be of one kind, got {found}. Convert one.")
     try:
         return concatenate_datasets(parts)
     except (ValueError, TypeError) as error:  # e.g. string prompts beside message lists
@@ -95,11 +108,26 @@ def load_text_dataset(
         raise PeftMoeError(f"{files}: types differ ({error}). Convert or drop columns.") from error
 
 
-def _load_one(source: Source, split: str | None, config: str | None) -> Dataset:
-    name = os.path.expanduser(os.fspath(source))
+def source_name(source: Source) -> str:
+    """What a source is called: its path, or the path in its dict."""
+    return str(source.get("path") if isinstance(source, Mapping) else source)
+
+
+def _load_one(source: Source, split: str | None, config: str | None, kinds: Kinds) -> Dataset:
+    if isinstance(source, Mapping):
+        unknown = [key for key in source if key not in SOURCE_KEYS]
+        if unknown or not isinstance(source.get("path"), str):
+            raise PeftMoeError(
+                f"a source is a path or {{{', '.join(SOURCE_KEYS)}}}, not {dict(source)}; `path` is a "
+                "file, a saved directory or a name on the Hub"
+            )
+        split, config = source.get("split") or split, source.get("name") or config
+    name = os.path.expanduser(source_name(source))
     path = Path(name)
     if path.is_file():
-        return _from_file(path)
+        if isinstance(source, Mapping) and len(source) > 1:
+            raise PeftMoeError(f"{name} is a file, which has no `name` and no `split`; leave them out.")
+        return _from_file(path, kinds)
     if path.is_dir():
         if not any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             inside = ", ".join(sorted(p.name for p in path.glob("*.json*"))) or "a .jsonl file"
@@ -113,25 +141,25 @@ def _load_one(source: Source, split: str | None, config: str | None) -> Dataset:
         if (wanted := split or "train") not in data:
             raise PeftMoeError(f"{name} has no split {wanted!r}; it has {', '.join(data)}.")
         data = data[wanted]
-    kind = _check_columns(name, data.column_names, len(data))
-    for index, row in enumerate(data.select_columns(list(KINDS[kind]))):
-        _check_record(kind, row, f"{name}, record {index}")
-    return _drop_other_kinds(data, kind)
+    kind = _check_columns(name, data.column_names, len(data), kinds)
+    for index, row in enumerate(data.select_columns(list(kinds[kind]))):
+        _check_record(kinds[kind], row, f"{name}, record {index}")
+    return _drop_other_kinds(data, kind, kinds)
 
 
-def _from_file(path: Path) -> Dataset:
+def _from_file(path: Path, kinds: Kinds) -> Dataset:
     if path.suffix not in (".json", ".jsonl"):
         raise PeftMoeError(f"{path}: files must be .jsonl or .json, not {path.suffix!r}. Convert it.")
     numbered = list(_records(path, path.read_text(encoding="utf-8-sig")))
     columns = list(dict.fromkeys(key for _, row in numbered for key in row))
-    kind = _check_columns(str(path), columns, len(numbered))
+    kind = _check_columns(str(path), columns, len(numbered), kinds)
     for where, row in numbered:
-        _check_record(kind, row, f"{path}, {where}")
+        _check_record(kinds[kind], row, f"{path}, {where}")
     try:
         data = Dataset.from_dict({key: [row.get(key) for _, row in numbered] for key in columns})
     except (ValueError, TypeError) as error:  # pyarrow's: a column of strings and numbers
         raise PeftMoeError(f"{path}: a column mixes types ({error}). Give it one type.") from error
-    return _drop_other_kinds(data, kind)
+    return _drop_other_kinds(data, kind, kinds)
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,34 +182,42 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, item
 
 
-def _check_columns(name: str, columns: list[str], count: int) -> str:
+def _check_columns(name: str, columns: list[str], count: int, kinds: Kinds) -> str:
     if count == 0:
         raise PeftMoeError(f"{name} is empty: no records to train on.")
-    if kind := text_kind(columns):
+    if kind := text_kind(columns, kinds):
         return kind
-    advice = next((fix for has, fix in FIXES.items() if set(has) <= set(columns)), None)
+    advice = None
+    if kinds is KINDS:
+        advice = next((fix for has, fix in FIXES.items() if set(has) <= set(columns)), None)
     if advice is None:
-        missing = [n for need in KINDS.values() for n in need if n not in columns]
+        missing = [n for need in kinds.values() for n in need if n not in columns]
         near = [(difflib.get_close_matches(n, columns, 1, 0.75), n) for n in missing]
         renames = [f"rename `{match[0]}` to `{n}`" for match, n in near if match]
-        half = [f"add `{n}`" for n in KINDS["prompt_completion"] if n in missing]
+        half = [f"add `{n}`" for n in next(iter(kinds.values())) if n in missing]
         advice = " and ".join(renames or (half if len(half) == 1 else ["rename a column"]))
-    found, needed = ", ".join(columns), "`prompt` + `completion`, or `messages`, or `text`"
+    found = ", ".join(columns)
+    needed = ", or ".join(" + ".join(f"`{n}`" for n in need) for need in kinds.values())
     raise PeftMoeError(f"{name} has columns {found}; needed: {needed}. Fix: {advice}.")
 
 
-def _check_record(kind: str, row: Mapping[str, Any], where: str) -> None:
-    for column in KINDS[kind]:
+def _check_record(columns: Sequence[str], row: Mapping[str, Any], where: str) -> None:
+    for column in columns:
         value = row.get(column)
-        if kind != "text" and isinstance(value, list):
+        if column == "label":
+            if not isinstance(value, bool):
+                raise PeftMoeError(f"{where}: `label` must be true or false, got {value!r}.")
+        elif column != "text" and isinstance(value, list):
             _check_messages(value, f"{where}, `{column}`")
-        elif not isinstance(value, str) or kind == "messages":
-            need = "a list of messages" if kind == "messages" else "a string"
+        elif not isinstance(value, str) or column == "messages":
+            need = "a list of messages" if column == "messages" else "a string"
             raise PeftMoeError(f"{where}: `{column}` must be {need}, got {type(value).__name__}.")
         elif column != "prompt" and not value.strip():
             raise PeftMoeError(f"{where}: `{column}` is empty. Fill it or drop the record.")
-    if kind == "prompt_completion" and type(row["prompt"]) is not type(row["completion"]):
-        raise PeftMoeError(f"{where}: `prompt` and `completion` must both be strings or both lists.")
+    texts = [column for column in columns if column != "label"]
+    if len({type(row[column]) for column in texts}) > 1:
+        named, all_of = " and ".join(f"`{c}`" for c in texts), "both" if len(texts) == 2 else "all"
+        raise PeftMoeError(f"{where}: {named} must {all_of} be strings or {all_of} lists.")
 
 
 def _check_messages(messages: list[Any], where: str) -> None:
@@ -196,6 +232,6 @@ def _check_messages(messages: list[Any], where: str) -> None:
             raise PeftMoeError(f"{where}: role {role!r} is ShareGPT's; write {ROLES[role]!r}.")
 
 
-def _drop_other_kinds(data: Dataset, kind: str) -> Dataset:
-    others = {c for need in KINDS.values() for c in need} - set(KINDS[kind])
+def _drop_other_kinds(data: Dataset, kind: str, kinds: Kinds) -> Dataset:
+    others = {c for need in (*KINDS.values(), *kinds.values()) for c in need} - set(kinds[kind])
     return data.remove_columns(sorted(others & set(data.column_names)))

@@ -205,7 +205,15 @@ def test_refusals(
 
 
 def test_all_shipped_configs_are_found() -> None:
-    names = ["demo_router", "text_base", "text_expert", "text_router", "text_router_4bit"]
+    names = [
+        "demo_dpo",
+        "demo_grpo",
+        "demo_router",
+        "text_base",
+        "text_expert",
+        "text_router",
+        "text_router_4bit",
+    ]
     assert [path.stem for path in CONFIGS] == names
 
 
@@ -218,9 +226,12 @@ def test_shipped_configs_begin_with_their_command_and_hold_known_keys(path: Path
     assert command, "the header holds no launch command"
     script = ROOT / "recipes" / command[1]
     recipe = runpy.run_path(str(script))
-    listed = re.search(r"StrictTrlParser\(\s*\(([^)]+)\)", script.read_text())
-    assert listed
-    parser = StrictTrlParser([recipe[name.strip()] for name in listed[1].split(",") if name.strip()])
+    if "parser_for" in recipe:
+        parser = recipe["parser_for"](recipe["asked_method"](["--config", str(path)]))
+    else:
+        listed = re.search(r"StrictTrlParser\(\s*\(([^)]+)\)", script.read_text())
+        assert listed
+        parser = StrictTrlParser([recipe[name.strip()] for name in listed[1].split(",") if name.strip()])
     parsed = parser.parse_args_and_config(["--config", str(path)])
     assert isinstance(yaml.safe_load(text)["learning_rate"], float)  # YAML reads 1e-4 as a text
     if command[1] == "train_router.py":

@@ -92,6 +92,65 @@ def test_a_hub_name_reaches_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("owner/name", "main")]
 
 
+def test_a_source_may_name_its_configuration_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(name: str, config: str | None) -> DatasetDict:
+        asked.append((name, config))
+        return DatasetDict(train=Dataset.from_list([PAIR]), test=Dataset.from_list([PAIR, PAIR]))
+
+    monkeypatch.setattr(data_module, "load_dataset", load)
+    hub = {"path": "owner/name", "name": "main", "split": "test"}
+    file = write(tmp_path / "a.jsonl", [PAIR])
+    assert load_text_dataset({"math": hub, "law": file})["domain"] == ["math", "math", "law"]
+    assert len(load_text_dataset({"path": "owner/name"}, "test")) == 2
+    assert asked == [("owner/name", "main"), ("owner/name", None)]
+    with pytest.raises(ValueError, match=r"a source is a path or \{path, name, split\}, not .*'config'"):
+        load_text_dataset({"math": {"path": "owner/name", "config": "main"}})
+    with pytest.raises(ValueError, match="a source is a path or"):
+        load_text_dataset({"math": {"split": "main"}})
+    with pytest.raises(ValueError, match=r"a\.jsonl is a file, which has no `name`"):
+        load_text_dataset({"math": {"path": str(file), "split": "test"}})
+
+
+RATED = {"prompt": "2+2=", "completion": "4", "label": True, "domain": "math"}
+PREFERRED = {"prompt": "2+2=", "chosen": "4", "rejected": "5", "domain": "math"}
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "kept"),
+    [
+        ("dpo", PREFERRED, PREFERRED),
+        ("dpo", {**PREFERRED, "text": "away"}, PREFERRED),
+        ("kto", RATED, RATED),
+        ("kto", PREFERRED, PREFERRED),
+        ("grpo", PAIR, PAIR),
+    ],
+)
+def test_preferences_are_kinds_of_their_own(
+    tmp_path: Path, method: str, row: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    kinds = data_module.PREFERENCES[method]
+    assert load_text_dataset(write(tmp_path / "a.jsonl", [row]), kinds=kinds).to_list() == [kept]
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "message"),
+    [
+        ("dpo", PAIR, r"needed: `prompt` \+ `chosen` \+ `rejected`\. Fix: rename a column"),
+        ("dpo", {**PREFERRED, "rejected": ""}, "`rejected` is empty"),
+        ("dpo", {**PREFERRED, "rejected": CHAT["messages"]}, "must all be strings or all lists"),
+        ("dpo", {"prompt": "a", "chosen": "b"}, "Fix: add `rejected`"),
+        ("kto", {**RATED, "label": 1}, "`label` must be true or false, got 1"),
+    ],
+)
+def test_bad_preferences_are_named(tmp_path: Path, method: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_text_dataset(write(tmp_path / "a.jsonl", [row]), kinds=data_module.PREFERENCES[method])
+
+
 @pytest.mark.parametrize(
     ("row", "advice"),
     [
