@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import layers, memory, models, picture, profile, routers
+from . import layers, loading, memory, models, picture, profile, routers
 from .contestants import UnavailableError
 from .goals import goals
 from .machine import REPO, Peaks, machine_name, measure_peaks, processor, versions
@@ -30,7 +30,7 @@ from .parity import ParityError
 from .report import tables
 from .results import Row
 
-LEVELS = ("models", "layer", "memory", "routers")
+LEVELS = ("models", "layer", "memory", "loading", "routers")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -85,6 +85,8 @@ def measure(levels: list[str], peaks: Peaks, quick: bool) -> tuple[list[Row], li
         rows += layers.measure(peaks, quick, say)
     if "memory" in levels:
         rows += memory.measure(quick, say)
+    if "loading" in levels:
+        rows += loading.measure(quick, say)
     if "routers" in levels:
         rows += routers.measure(quick, say)
     return rows, left_out

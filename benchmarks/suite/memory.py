@@ -85,12 +85,12 @@ def step_memory(name: str, case: Case) -> dict[str, object]:
     step = training_step(contestant, ids)
     step.run()
     saved = _saved_bytes(contestant.model, step.run)
-    before = _reset_peak()
+    before = reset_peak()
     step.run()
     return {
         "saved_mib": saved / 2**20,
         "saved_bytes_per_token_and_layer": saved / ids.numel() / len(experts.names),
-        "peak_mib": (_status("VmHWM") - before) / 2**20,
+        "peak_mib": (status("VmHWM") - before) / 2**20,
     }
 
 
@@ -109,16 +109,16 @@ def _saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     # What was freed goes back to the system first, else a step finds its memory there and no peak rises.
     gc.collect()
     with suppress(AttributeError):  # of other C libraries than glibc
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present size
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(word: str) -> int:
+def status(word: str) -> int:
     found = re.search(rf"{word}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, word
     return 1024 * int(found[1])

@@ -17,6 +17,7 @@ def tables(rows: list[Row]) -> str:
         *_growth([row for row in rows if row.level.startswith("growth")]),
         *_layers([row for row in rows if row.level == "layer"]),
         *_memory([row for row in rows if row.level == "memory"]),
+        *_loading([row for row in rows if row.level == "loading"]),
         *_routers([row for row in rows if row.level == "routers"]),
     ]
     return "\n\n".join(parts)
@@ -100,6 +101,18 @@ def _memory(rows: list[Row]) -> Iterable[str]:
     ]
     heads = ["", "peak, MiB", "saved for backward, MiB", f"more than {first.contestant}", "bytes/token/layer"]
     yield f"### Memory of a training step: {first.case}\n\n" + _table(heads, lines)
+
+
+def _loading(rows: list[Row]) -> Iterable[str]:
+    for row in rows:
+        found = row.extra
+        yield (
+            f"### Loading {found['experts']} adapters of rank {row.case.rank}: width {found['width']}, "
+            f"{found['layers']} layers, base without weights\n\n"
+            f"Peak {found['peak_mib']:.0f} MiB above the process before; the mixture holds "
+            f"{found['mixture_mib']:.0f} MiB, of which routers {found['routers_mib']:.0f}, one adapter "
+            f"{found['adapter_mib']:.0f}. {found['cpu_seconds']:.1f} s of CPU, {found['seconds']:.1f} s."
+        )
 
 
 def _routers(rows: list[Row]) -> Iterable[str]:

@@ -1,17 +1,20 @@
 """Trained LoRA adapters: verified as a whole, then read tensor by tensor.
 
 ``open_experts`` looks at all configs, then at all headers, then at all values, and raises before
-anything is built: a mixture is either made of sound experts or not begun. Tensors stay on disk
-(safetensors maps the file) until ``ExpertFile.read`` asks for the two of one module.
+anything is built: a mixture is either made of sound experts or not begun. Tensors stay on disk until
+``ExpertFile.read`` asks for the two of one module. They are read, not mapped: pages of a mapping would stay
+in memory beside what was copied out of them, for every adapter its whole size.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +42,13 @@ from peft_moe.experts.sources import (
 )
 from peft_moe.experts.spec import ExpertSpec
 
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
 
 class ExpertFile:
     """One adapter, verified and open; its tensors are read on demand.
 
-    The file stays mapped until :meth:`close`, so that what is read is what was verified even if a
+    The file stays open until :meth:`close`, so that what is read is what was verified even if a
     new file is renamed over it.
 
     Attributes:
@@ -53,7 +58,7 @@ class ExpertFile:
     """
 
     def __init__(self, spec: ExpertSpec, path: str) -> None:
-        """Map ``path``; nothing but the header is read.
+        """Open ``path``; nothing but the header is read.
 
         Raises:
             PeftMoeError: if the file is no sound safetensors file.
@@ -62,7 +67,18 @@ class ExpertFile:
         self.path = path
         self.modules: tuple[str, ...] = ()
         try:
-            self._file: Any = safe_open(path, framework="pt", device="cpu")
+            # Whether the header is sound, safetensors knows.
+            with safe_open(path, framework="pt", device="cpu") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+                self._header = {
+                    k: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for k, part in slices.items()
+                }
+            self._file = Path(path).open("rb")  # noqa: SIM115  # until close()
+            size = int.from_bytes(self._file.read(8), "little")
+            offsets = {
+                k: v["data_offsets"] for k, v in json.loads(self._file.read(size)).items() if k in slices
+            }
+            self._places = {key: (8 + size + start, end - start) for key, (start, end) in offsets.items()}
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             what = f"{shown(path)} is not a sound safetensors file: {error}"
             raise refusal(spec.name, what, "copy or download it again; it may be truncated") from error
@@ -74,8 +90,7 @@ class ExpertFile:
             module_name: one of ``modules``.
 
         Returns:
-            A [r, I] and B [O, r], in the file's dtype. They share the file's mapping: copy before
-            writing to them.
+            A [r, I] and B [O, r], in the file's dtype.
 
         Raises:
             PeftMoeError: if the expert does not adapt this module.
@@ -87,17 +102,15 @@ class ExpertFile:
         return self._tensor(tensor_key(module_name, "A")), self._tensor(tensor_key(module_name, "B"))
 
     def close(self) -> None:
-        """Unmap the file; tensors already read stay valid."""
-        self._file.__exit__(None, None, None)
+        """Close the file; tensors already read stay valid."""
+        self._file.close()
 
     def __repr__(self) -> str:
         return f"ExpertFile({self.spec.name!r}, {self.path!r}, {len(self.modules)} modules)"
 
     def check_header(self, base: BaseView) -> None:
         """Hold keys, dtypes, shapes and ranks against config and base, and fill ``modules``."""
-        slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118  (not a dict)
-        header = {k: TensorHeader(s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
-        self.modules = check_header(self.spec, header, base)
+        self.modules = check_header(self.spec, self._header, base)
 
     def check_values(self) -> None:
         """Refuse NaN and infinity, which attention kernels can swallow without a trace."""
@@ -112,12 +125,18 @@ class ExpertFile:
                     raise refusal(self.spec.name, what, "retrain, or use an earlier checkpoint")
 
     def _tensor(self, key: str) -> Tensor:
+        header, (start, size) = self._header[key], self._places[key]
+        data = bytearray(size)
         try:
-            tensor: Tensor = self._file.get_tensor(key)
-            return tensor
-        except (SafetensorError, OSError, RuntimeError) as error:
+            self._file.seek(start)
+            read = self._file.readinto(data)
+        except (OSError, ValueError) as error:
             what = f"{shown(self.path)}: tensor {key!r} cannot be read: {error}"
             raise refusal(self.spec.name, what, "copy or download it again") from error
+        if read != size:
+            what = f"{shown(self.path)}: tensor {key!r} cannot be read: the file ends before it"
+            raise refusal(self.spec.name, what, "copy or download it again")
+        return torch.frombuffer(data, dtype=_TORCH[header.dtype]).view(header.shape)
 
 
 def open_experts(

@@ -8,16 +8,21 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..config import MoLoraConfig
 from ..errors import PeftMoeError
 from ..ops import RankMap
 from .adapters import ExpertFile, open_experts
 from .spec import ExpertSpec
+
+# Seconds after which a bar is shown: small mixtures are there before.
+PATIENCE = 1.0
 
 
 @dataclass
@@ -29,12 +34,14 @@ class ExpertPlan:
         files: their opened adapters; empty if they are fresh or embedded.
         awaited: the weights come later, from a saved mixture.
         init_weights: fresh experts start with B = 0.
+        bar: shows how many layers were read, where that takes long enough to be seen.
     """
 
     specs: list[ExpertSpec]
     files: list[ExpertFile] = field(default_factory=list)
     awaited: bool = False
     init_weights: bool = True
+    bar: Any = None
 
     def rank_map(self, module_name: str) -> RankMap:
         """Which rank of the module belongs to which expert."""
@@ -51,6 +58,8 @@ class ExpertPlan:
         Experts of different dtypes take the widest, which holds each of them exactly.
         """
         if self.files:
+            if self.bar is not None:
+                self.bar.update()
             pairs = [f.read(module_name) for f in self.files if f.spec.rank_in(module_name)]
             dtype = pairs[0][0].dtype
             for pair in pairs:
@@ -67,6 +76,8 @@ class ExpertPlan:
 
     def close(self) -> None:
         """Let go of the adapters' files; what was read has been copied."""
+        if self.bar is not None:
+            self.bar.close()
         for file in self.files:
             file.close()
 
@@ -97,6 +108,9 @@ def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
     files = open_experts(sources, base, allow_base_mismatch=config.allow_base_mismatch)
     plan = ExpertPlan([f.spec for f in files], files=files)
     adapted = {module for f in files for module in f.modules}
+    # transformers' own, which its disable_progress_bar() silences.
+    what = f"Reading {len(files)} experts"
+    plan.bar = logging.tqdm(total=len(adapted), desc=what, unit="layer", delay=PATIENCE)
     if config.target_modules is None:
         config.target_modules = adapted  # type: ignore[assignment]  # PEFT keeps targets as a set
     elif config.target_modules != "all-linear":

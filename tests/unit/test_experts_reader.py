@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import warnings
 import weakref
 from pathlib import Path
@@ -147,14 +148,15 @@ def test_overlapping_alpha_patterns_follow_the_saved_order_and_warn(tmp_path):
 
 
 class Spy:
-    """Stands before safe_open: which tensors were asked for, and how many were alive at once."""
+    """Stands before a file's tensors: which were asked for, and how many were alive at once."""
 
     def __init__(self, file):
-        self.file, self.asked, self.alive, self.most = file, [], weakref.WeakSet(), 0
+        self.read, self.asked, self.alive, self.most = file._tensor, [], weakref.WeakSet(), 0
+        file._tensor = self.tensor
 
-    def get_tensor(self, key):
+    def tensor(self, key):
         self.asked.append(key)
-        tensor = self.file.get_tensor(key)
+        tensor = self.read(key)
         self.alive.add(tensor)
         self.most = max(self.most, len(self.alive))
         return tensor
@@ -163,7 +165,7 @@ class Spy:
 def test_reading_one_module_reads_two_tensors_only(tmp_path):
     train(llama(), tmp_path, target_modules=QV)
     (file,) = open_experts({"math": tmp_path}, llama())
-    spy = file._file = Spy(file._file)
+    spy = Spy(file)
     file.read("model.layers.1.self_attn.v_proj")
     prefix = "base_model.model.model.layers.1.self_attn.v_proj"
     assert spy.asked == [f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"]
@@ -172,7 +174,7 @@ def test_reading_one_module_reads_two_tensors_only(tmp_path):
 def test_values_are_checked_one_tensor_at_a_time(tmp_path):
     train(llama(), tmp_path, target_modules="all-linear")
     (file,) = open_experts({"math": tmp_path}, llama())
-    spy = file._file = Spy(file._file)
+    spy = Spy(file)
     file.check_values()
     assert len(spy.asked) == 28
     assert spy.most <= 2
@@ -187,27 +189,56 @@ def test_opening_reads_no_values_when_a_header_is_wrong(tmp_path, monkeypatch):
         open_experts({"good": tmp_path / "good", "bad": tmp_path / "bad"}, llama())
 
 
-def mapped(path: Path) -> bool:
+def opened(path: Path) -> bool:
+    """Whether this process holds a file below the folder open."""
     gc.collect()
+    found = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return any(name.startswith(str(path)) for name in found)
+
+
+def mapped(path: Path) -> bool:
     return str(path) in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_files_are_unmapped_on_error_and_by_close(tmp_path):
+def test_files_are_never_mapped_and_closed_on_error_and_by_close(tmp_path):
     for name in ("good", "bad"):
         train(llama(), tmp_path / name, target_modules=QV)
     (file,) = open_experts({"good": tmp_path / "good"}, llama())
-    assert mapped(tmp_path / "good")
+    assert opened(tmp_path / "good")
     a = file.read(file.modules[0])[0]
     want = a.clone()
+    # Pages of a mapping would stay in memory beside what was copied out of them.
+    assert not mapped(tmp_path / "good")
     file.close()
     assert torch.equal(a, want)
-    del a
-    assert not mapped(tmp_path / "good")
+    assert not opened(tmp_path / "good")
     edit_config(tmp_path / "bad", r=5)
     with pytest.raises(PeftMoeError):
         open_experts({"good": tmp_path / "good", "bad": tmp_path / "bad"}, llama())
-    assert not mapped(tmp_path)
+    assert not opened(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_are_those_that_safetensors_reads(tmp_path, dtype):
+    train(llama(), tmp_path, target_modules=QV)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path)
+    (file,) = open_experts({"math": tmp_path}, llama())
+    for key, wanted in load_file(path).items():
+        found = file._tensor(key)
+        assert (found.dtype, found.shape) == (dtype, wanted.shape)
+        assert torch.equal(found, wanted)
+    file.close()
+
+
+def test_a_file_that_was_cut_after_it_was_opened_is_refused_in_words(tmp_path):
+    train(llama(), tmp_path, target_modules=QV)
+    (file,) = open_experts({"math": tmp_path}, llama())
+    with (tmp_path / "adapter_model.safetensors").open("r+b") as cut:
+        cut.truncate(4000)
+    with pytest.raises(PeftMoeError, match=r"'math'.*cannot be read.*ends"):
+        [file.read(module) for module in file.modules]
 
 
 def test_reading_a_closed_file_is_refused_in_words(tmp_path):

@@ -1,0 +1,130 @@
+"""Level "loading": many adapters onto a base without weights, in a process of its own.
+
+    python -m benchmarks.suite.loading --layers 32       # prints one JSON object; 64 adapters, 8B's widths
+
+Adapters are one file under many names, so that the disk holds one. Peak: how far the process's resident set
+rises above what it was before, by the kernel's own high-water mark. Mixture: its factors and routers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import enable_progress_bar
+
+from peft_moe import MoLoraConfig
+
+from .experts import Case
+from .machine import REPO
+from .memory import reset_peak, status
+from .results import Row
+
+# Llama-3-8B's widths and an eighth of its layers: what grows is the mixture, not the overhead.
+SIZES = {"width": 4096, "inner": 14336, "layers": 4, "experts": 64, "rank": 16}
+
+
+def measure(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """One row."""
+    sizes = {**SIZES, "width": 256, "inner": 512, "layers": 2, "experts": 4} if quick else SIZES
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.suite.loading", *words],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"loading: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    yield Row("loading", "read", Case(experts=sizes["experts"], rank=sizes["rank"]), "ours", extra=found)
+    say("loading")
+
+
+def load(width: int, inner: int, layers: int, experts: int, rank: int) -> dict[str, float]:
+    """Peak, sizes and seconds of making one mixture."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256),
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = _adapters(_bare(config), folder, targets, experts, rank)
+        base = _bare(config)
+        before, start, cpu = reset_peak(), time.perf_counter(), time.process_time()
+        model = get_peft_model(
+            base, MoLoraConfig(experts=paths, task_type="CAUSAL_LM", top_k=2, router="linear")
+        )
+        seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        peak = status("VmHWM") - before
+    factors = [p for name, p in model.named_parameters() if "molora_A" in name or "molora_B" in name]
+    routers = [p for name, p in model.named_parameters() if "molora_router" in name]
+    size = sum(p.numel() * p.element_size() for p in factors)
+    own = sum(p.numel() * p.element_size() for p in routers)
+    return {
+        "experts": experts,
+        "layers": layers,
+        "width": width,
+        "peak_mib": peak / 2**20,
+        "mixture_mib": (size + own) / 2**20,
+        "routers_mib": own / 2**20,
+        "adapter_mib": size / experts / 2**20,
+        **seconds,
+    }
+
+
+def _bare(config: LlamaConfig) -> nn.Module:
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def _adapters(base: nn.Module, folder: str, targets: list[str], experts: int, rank: int) -> dict[str, str]:
+    model = get_peft_model(
+        base, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"), low_cpu_mem_usage=True
+    )
+    state = {
+        name.replace(".default", ""): torch.randn(p.shape).to(torch.bfloat16)
+        for name, p in model.named_parameters()
+        if "lora_" in name
+    }
+    from safetensors.torch import save_file
+
+    first = Path(folder) / "0"
+    model.peft_config["default"].save_pretrained(str(first))
+    save_file(state, str(first / "adapter_model.safetensors"))
+    for number in range(1, experts):
+        other = Path(folder) / str(number)
+        other.mkdir()
+        for file in first.iterdir():
+            os.link(file, other / file.name)
+    return {f"e{number}": str(Path(folder) / str(number)) for number in range(experts)}
+
+
+def main() -> None:
+    """One measurement, in this process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    enable_progress_bar()
+    print(json.dumps(load(**vars(parser.parse_args()))))
+
+
+if __name__ == "__main__":
+    main()
