@@ -5,7 +5,6 @@ Checked once for every load, when it has ended: by PEFT's last call of it, or be
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .digests import adapter_of, expert_digests, mixture_layers, saved_tensors, short
 from .errors import PeftMoeError
 from .experts.plan import ExpertPlan
 from .rollback import Snapshot
-from .saved_files import belongs, tensors_digest
+from .saved_files import tensors_digest
 from .sharing import MODEL_SEAT, MixtureLayer, SharedRouter, named_routers
 
 if TYPE_CHECKING:
     from .config import MoLoraConfig
-
-_OURS = re.compile(r"(?:^|\.)molora_(?:A|B|router)\.([A-Za-z0-9_-]+)\.")
 
 _PLACELESS = re.compile(r"(?:^|\.)molora_[AB]\.weight$")
 
@@ -43,6 +41,9 @@ class Arrivals:
         ]
 
     def _at_load(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for adapter, config in self.configs.items():
+            if adapter not in self.open:
+                check_before(model, adapter, config, state_dict, prefix)
         names: dict[str, set[str]] = {}
         # PEFT gives the adapter's name to all tensors that the mixture has a place for.
         extra = {key.removeprefix(prefix) for key in state_dict if _PLACELESS.search(key)}
@@ -50,8 +51,8 @@ class Arrivals:
             adapter = adapter_of(key)
             if adapter in self.configs and "molora_router" not in key:
                 names.setdefault(adapter, set(extra)).add(key.removeprefix(prefix))
-        for adapter, keys in names.items():
-            self.open.setdefault(adapter, set()).update(keys)
+        for name, keys in names.items():
+            self.open.setdefault(name, set()).update(keys)
 
     def _at_forward(self, model: nn.Module, args: Any) -> None:
         if self.open and not torch.compiler.is_compiling():
@@ -113,6 +114,37 @@ def note_experts(
         arrivals.before[adapter] = before
 
 
+def check_before(
+    model: nn.Module, adapter: str, config: MoLoraConfig, state_dict: dict[str, Tensor], prefix: str
+) -> None:
+    """Check what is about to be loaded over a mixture that is whole, while it still is.
+
+    Args:
+        model: the base with its mixtures.
+        adapter: the mixture's.
+        config: its own.
+        state_dict, prefix: as ``load_state_dict`` hands them to hooks.
+
+    Raises:
+        PeftMoeError: a tensor that is not finite, or an expert that is not the one in the config.
+    """
+    coming = {k.removeprefix(prefix): t for k, t in state_dict.items() if adapter_of(k) == adapter}
+    for name, tensor in coming.items():
+        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PeftMoeError(
+                f"adapter {adapter!r}: {name} holds NaN or infinity in what is to be loaded; the mixture "
+                "is as it was. Copy the folder again"
+            )
+    recorded = {record["name"]: record.get("digest") for record in config.records()}
+    if coming and config.verify_experts and any(recorded.values()):
+        paths = {layer: path for path, layer in model.named_modules() if isinstance(layer, MixtureLayer)}
+
+        def weight_of(layer: Any, side: str) -> Tensor | None:
+            return coming.get(f"{paths[layer]}.molora_{side}.{adapter}.weight")
+
+        _compare(expert_digests(model, adapter, weight_of), adapter, recorded)
+
+
 def check_load(model: nn.Module, adapter: str, configs: dict[str, Any]) -> None:
     """Check a load of ``adapter`` that has just ended; nothing to do if there was none.
 
@@ -135,25 +167,6 @@ def check_load(model: nn.Module, adapter: str, configs: dict[str, Any]) -> None:
         raise
 
 
-def adapter_of(key: str) -> str | None:
-    """The adapter whose tensor a key of a state dict names; None if it is none of a mixture's."""
-    found = _OURS.search(key)
-    return found[1] if found else None
-
-
-def expert_digests(model: nn.Module, adapter: str) -> list[str | None]:
-    """One per expert: the dtypes of its tensors, a colon, and the SHA-256 of all of them.
-
-    Layers come in the order of their names, A [r, I] before B [r, O]; each enters with its name, dtype, shape
-    and bytes. None where the weights are not all here (empty, or split between processes).
-    """
-    layers = _layers(model, adapter)
-    if not layers:
-        return []
-    ranks = next(iter(layers.values())).rank_maps[adapter].ranks
-    return [_digest(layers, adapter, expert) for expert in range(len(ranks))]
-
-
 def check_arrived(
     model: nn.Module, adapter: str, keys: set[str], recorded: dict[str, str | None], *, verify: bool
 ) -> bool:
@@ -173,7 +186,7 @@ def check_arrived(
         PeftMoeError: a tensor is lost, not finite or not the mixture's, or an expert is not the one that the
             config describes.
     """
-    layers = _layers(model, adapter)
+    layers = mixture_layers(model, adapter)
     # A plan traces a mixture without any bytes.
     if any(isinstance(layer.molora_A[adapter].weight, FakeTensor) for layer in layers.values()):
         return False
@@ -207,7 +220,7 @@ def _compare(found: list[str | None], adapter: str, recorded: dict[str, str | No
         if comparable and wanted != here:
             raise PeftMoeError(
                 f"adapter {adapter!r}: the weights of expert {expert!r} are not those that its config "
-                f"describes (SHA-256 {_short(here)}, recorded {_short(wanted)}): the file is damaged, or is "
+                f"describes (SHA-256 {short(here)}, recorded {short(wanted)}): the file is damaged, or is "
                 "that of another mixture. Copy the folder again; to load another mixture, choose another "
                 "adapter_name or delete this one first; if the change is meant, set verify_experts=False"
             )
@@ -223,39 +236,10 @@ def _compare_saved(model: nn.Module, adapter: str, wanted: str | None) -> None:
         what = "routers" if part == "routers" else "routers or experts"
         raise PeftMoeError(
             f"adapter {adapter!r}: the weights of its {what} are not those that were saved with its config "
-            f"(SHA-256 {_short(here)}, recorded {_short(wanted)}): the file is damaged, or config and "
+            f"(SHA-256 {short(here)}, recorded {short(wanted)}): the file is damaged, or config and "
             "weights are not of one save. Copy the folder again; if the change is meant, set "
             "verify_experts=False"
         )
-
-
-def saved_tensors(model: nn.Module, adapter: str, part: str) -> list[tuple[str, Tensor]]:
-    """The weights of a mixture by their names in its file, in their order.
-
-    Args:
-        model: the base with its mixtures.
-        adapter: which.
-        part: "routers" or "all".
-    """
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if adapter_of(f"{path}.") == adapter and path.endswith(f".{adapter}"):
-            for name, tensor in module.state_dict().items():
-                found[f"base_model.model.{path.removesuffix('.' + adapter)}.{name}"] = tensor
-    return sorted((key, tensor) for key, tensor in found.items() if belongs(key, part))
-
-
-def _short(digest: str | None) -> str:
-    return f"{str(digest).rpartition(':')[2][:12]}…"
-
-
-def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
-    found = {
-        m.name: m
-        for m in model.modules()
-        if isinstance(m, MixtureLayer) and adapter in getattr(m, "molora_A", ())
-    }
-    return dict(sorted(found.items()))
 
 
 def _is_missing(weight: Tensor) -> bool:
@@ -270,22 +254,3 @@ def _tensors(model: nn.Module, layers: dict[str, Any], adapter: str) -> Iterator
         for part, tensor in router.state_dict().items():
             if tensor.is_floating_point():
                 yield f"{name}.molora_router.{part}", tensor
-
-
-def _digest(layers: dict[str, Any], adapter: str, expert: int) -> str | None:
-    digest, dtypes = hashlib.sha256(), set()
-    for name, layer in layers.items():
-        segment = layer.rank_maps[adapter].slices()[expert]
-        if segment.start == segment.stop:
-            continue
-        for side, parts in (("A", layer.molora_A), ("B", layer.molora_B)):
-            weight = parts[adapter].weight.detach()
-            if weight.is_meta or weight.dim() != 2 or len(weight) != layer.rank_maps[adapter].total:
-                return None
-            if hasattr(weight, "to_local"):  # a part of a tensor that other processes share
-                return None
-            slab, dtype = weight[segment].contiguous().cpu(), str(weight.dtype).removeprefix("torch.")
-            dtypes.add(dtype)
-            digest.update(f"{name} {side} {dtype} {list(slab.shape)}\n".encode())
-            digest.update(slab.view(torch.uint8).numpy())
-    return f"{'+'.join(sorted(dtypes))}:{digest.hexdigest()}"

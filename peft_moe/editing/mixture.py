@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from ..config import MoLoraConfig
+from ..digests import expert_digests
 from ..errors import PeftMoeError
 from ..experts.adapters import ExpertFile
 from ..experts.edit import Edit, edited_config, ranks_after
 from ..experts.spec import ExpertSpec
-from ..integrity import expert_digests
 from ..layer import MoLoraLayer
 from ..model import MoLoraModel
 from ..model_router import ModelRouter

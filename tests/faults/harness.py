@@ -135,6 +135,11 @@ def load_learning(bench: Bench) -> Any:
     return PeftModel.from_pretrained(bench.base, str(bench.learning), **bench.fields)
 
 
+def load_over(bench: Bench) -> Any:
+    """A user, or a trainer that resumes, loads over a mixture that is there."""
+    return bench.live.load_adapter(str(bench.mixture), adapter_name="default")
+
+
 def load_second(bench: Bench) -> Any:
     """A user loads a further mixture into a model that has one."""
     return bench.live.load_adapter(str(bench.mixture), adapter_name="second")
@@ -190,10 +195,12 @@ def check_refused(row: Row, bench: Bench) -> str:
         The message.
     """
     row.spoil(bench)
-    _ = bench.mixture if row.act in (load, load_safely, load_second) else None  # copied before the look
+    _ = (
+        bench.mixture if row.act in (load, load_safely, load_second, load_over) else None
+    )  # copied before the look
     _ = bench.adapter if row.act is mix else None
     _ = bench.learning if row.act is load_learning else None
-    _ = bench.live if row.act is load_second else None
+    _ = bench.live if row.act in (load_second, load_over) else None
     before = look_at(bench)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -31,6 +31,7 @@ from faults.harness import (
     edit_tensors,
     load,
     load_learning,
+    load_over,
     load_safely,
     load_second,
     parametrized,
@@ -285,6 +286,14 @@ WEIGHT_ROWS += [
         load_learning,
     )
     for part in ("molora_A", "molora_B", "molora_router")
+]
+WEIGHT_ROWS += [
+    Row("B12", f"over a mixture: {name}", tensors(change), (words,), load_over)
+    for name, (change, words) in {
+        "another expert": (turn_a_bit("molora_A"), "choose another adapter_name"),
+        "NaN in an expert": (poison("molora_B", float("nan")), "holds NaN"),
+        "NaN in a router": (poison("molora_router", float("nan")), "holds NaN"),
+    }.items()
 ]
 
 

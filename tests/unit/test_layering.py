@@ -51,6 +51,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "block_mixing",
         "layer",
         "integrity",
+        "digests",
         "rollback",
         "experts",
     ),
