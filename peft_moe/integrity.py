@@ -41,9 +41,9 @@ class Arrivals:
         ]
 
     def _at_load(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for adapter, config in self.configs.items():
-            if adapter not in self.open:
-                check_before(model, adapter, config, state_dict, prefix)
+        for known, config in self.configs.items():
+            if known not in self.open:
+                check_before(model, known, config, state_dict, prefix)
         names: dict[str, set[str]] = {}
         # PEFT gives the adapter's name to all tensors that the mixture has a place for.
         extra = {key.removeprefix(prefix) for key in state_dict if _PLACELESS.search(key)}
@@ -51,8 +51,8 @@ class Arrivals:
             adapter = adapter_of(key)
             if adapter in self.configs and "molora_router" not in key:
                 names.setdefault(adapter, set(extra)).add(key.removeprefix(prefix))
-        for name, keys in names.items():
-            self.open.setdefault(name, set()).update(keys)
+        for adapter, keys in names.items():
+            self.open.setdefault(adapter, set()).update(keys)
 
     def _at_forward(self, model: nn.Module, args: Any) -> None:
         if self.open and not torch.compiler.is_compiling():
