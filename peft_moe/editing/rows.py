@@ -17,10 +17,11 @@ from torch.nn import functional
 from ..config import MoLoraConfig
 from ..errors import PeftMoeError
 from ..fitting.inputs import InputReader
-from ..fitting.samples import Row, labelled_rows
+from ..fitting.samples import labelled_rows
 from ..fitting.solve import FILLS, Values
 from ..fitting.stream import Plan, fit_streamed
 from ..fitting.sums import Inputs
+from ..fitting.token_rows import TokenRows
 from ..routers import Router, Scorer
 from ..routers.learned import LinearScorer
 from ..routers.prototypes import CentroidScorer
@@ -35,7 +36,7 @@ _STRENGTH = 1.0  # of the L2 penalty on standardised features, as in fit_router(
 class RowFit:
     """Texts for the rows of one expert, checked before the mixture is touched."""
 
-    rows: list[Row]
+    rows: TokenRows
     column: int
     init: str
     batch_size: int
@@ -86,7 +87,7 @@ def row_fit(
         raise PeftMoeError(f"init={init!r} reads texts; give data (samples with a `domain`) and tokenizer")
     rows = labelled_rows(data, config, tokenizer, whole=config.router_granularity != "sequence")
     column = config.routed_names.index(name)
-    own = sum(row.label == column for row in rows)
+    own = sum(label == column for label in rows.labels)
     alone = isinstance(router.scorer, CentroidScorer)
     if not own or (own == len(rows) and not alone):
         lacking = f"of {name!r}" if not own else f"of any other domain than {name!r}, to tell it from"

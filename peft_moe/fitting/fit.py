@@ -14,6 +14,7 @@ kept, except for a sample of rows for "logistic".
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +30,10 @@ from ..routers import PRESETS, Router
 from ..sharing import named_routers
 from .inputs import INPUTS, InputReader
 from .phatgoose import train_vectors
-from .samples import Prompts, Row, described_rows, labelled_rows
+from .samples import Prompts, described_rows, labelled_rows
 from .solve import FILLS, REGULARISATION, SOLVERS
 from .stream import Plan, fit_streamed
+from .token_rows import TokenRows
 
 METHODS = (*SOLVERS, "phatgoose", "arrow")
 # Rows per router that the reported accuracy is measured on, where the method itself keeps none.
@@ -224,7 +226,7 @@ def _rows(
     tokenizer: Any,
     method: str,
     columns: int,
-) -> tuple[list[Row], dict[str, int]]:
+) -> tuple[TokenRows, dict[str, int]]:
     if tokenizer is None:
         raise PeftMoeError(f"method={method!r} reads texts; give the base's tokenizer as third argument")
     if prompts is not None and method != "centroid":
@@ -234,7 +236,8 @@ def _rows(
         rows = labelled_rows(data, config, tokenizer, whole=whole)
     else:
         rows = described_rows(prompts, config, tokenizer, columns)
-    counts = [sum(row.label == column for row in rows) for column in range(columns)]
+    found = Counter(rows.labels)
+    counts = [found[column] for column in range(columns)]
     names = [*config.routed_names, "null"][:columns]
     missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if missing and not (method == "phatgoose" and missing == ["null"]):

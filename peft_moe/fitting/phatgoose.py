@@ -20,8 +20,9 @@ from ..config import MoLoraConfig
 from ..routers import Router
 from ..routers.pooling import spread_turns
 from ..routing import Routing, RoutingContext, routing_inputs
-from .samples import Row, batches
+from .samples import batches
 from .stream import Plan
+from .token_rows import TokenRows
 
 _WARM_UP = 0.06  # of the steps, as in the paper's code
 
@@ -30,7 +31,7 @@ def train_vectors(
     model: nn.Module,
     config: MoLoraConfig,
     routers: Mapping[str, Router],
-    rows: Sequence[Row],
+    rows: TokenRows,
     plan: Plan,
     *,
     steps: int,
@@ -59,10 +60,10 @@ def train_vectors(
             total=steps * len(config.routed_names), desc="Training gates", disable=not plan.progress
         ) as bar:
             for column, expert in enumerate(config.routed_names):
-                own = [row for row in rows if row.label == column]
+                own = [index for index, label in enumerate(rows.labels) if label == column]
                 gates = _Gates(routers, column, config.expert_names.index(expert))
                 history = []
-                for loss in _steps(model, gates, own, plan, steps, learning_rate):
+                for loss in _steps(model, gates, rows, own, plan, steps, learning_rate):
                     history.append(loss)
                     bar.update()
                     bar.set_postfix(expert=expert, loss=f"{loss:.3f}")
@@ -123,7 +124,13 @@ class _Gates:
 
 
 def _steps(
-    model: nn.Module, gates: _Gates, rows: list[Row], plan: Plan, steps: int, learning_rate: float
+    model: nn.Module,
+    gates: _Gates,
+    rows: TokenRows,
+    own: Sequence[int],
+    plan: Plan,
+    steps: int,
+    learning_rate: float,
 ) -> Iterator[float]:
     optimizer = torch.optim.AdamW(gates.vectors, lr=learning_rate, weight_decay=0.0)
     warm_up = max(1, int(_WARM_UP * steps))
@@ -133,7 +140,7 @@ def _steps(
     order: list[int] = []
     for _ in range(steps):
         while len(order) < plan.batch_size:
-            order += draw.permutation(len(rows)).tolist()
+            order += draw.permutation(own).tolist()
         chosen, order = order[: plan.batch_size], order[plan.batch_size :]
         batch = next(batches([rows[index] for index in chosen], plan.batch_size)).to(device)
         whole_B = (batch.prompt | (batch.call["attention_mask"] == 0)).all(-1)

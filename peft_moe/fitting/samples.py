@@ -13,24 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from ..config import MoLoraConfig
 from ..domains import UNKNOWN, domain_columns
 from ..errors import PeftMoeError, near_matches
+from .token_rows import Row, TokenRows
 
 Prompts = Mapping[str, Mapping[str, Sequence[Any]]]
 SIDES = ("positive", "negative")
-
-
-@dataclass
-class Row:
-    """One text to fit on.
-
-    Attributes:
-        ids: its tokens.
-        label: the router's column of its expert; X + column for an example of what is not its expert's.
-        prompt: how many of its tokens are prompt.
-    """
-
-    ids: list[int]
-    label: int
-    prompt: int
 
 
 @dataclass
@@ -59,7 +45,8 @@ def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
     Positions then count from 0 in every base; the mask hides the padding, hence any id will do, and a
     tokenizer without a pad token too.
     """
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    lengths = rows.lengths if isinstance(rows, TokenRows) else [len(row.ids) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     for start in range(0, len(order), batch_size):
         chosen = [rows[index] for index in order[start : start + batch_size]]
         ids = [torch.tensor(row.ids) for row in chosen]
@@ -74,7 +61,7 @@ def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
 
 def labelled_rows(
     data: Iterable[Mapping[str, Any]], config: MoLoraConfig, tokenizer: Any, *, whole: bool
-) -> list[Row]:
+) -> TokenRows:
     """Samples with their router's column.
 
     Args:
@@ -87,7 +74,7 @@ def labelled_rows(
         PeftMoeError: a sample lacks its prompt or domain, or its domain is none of the mixture's.
     """
     column_of = domain_columns(config)
-    rows = []
+    rows = TokenRows()
     for number, sample in enumerate(data):
         domain = sample.get("domain")
         column = column_of(domain)
@@ -102,7 +89,7 @@ def labelled_rows(
     return rows
 
 
-def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, columns: int) -> list[Row]:
+def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, columns: int) -> TokenRows:
     """Examples per expert: ``{"math": {"positive": [...], "negative": [...]}}``; "negative" may be absent.
 
     Any name that is no expert's describes the null expert.
@@ -111,7 +98,7 @@ def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, colum
         PeftMoeError: unknown names, or an expert without positive examples.
     """
     column_of = domain_columns(config)
-    rows = []
+    rows = TokenRows()
     for name, sides in prompts.items():
         column = column_of(name)
         if column == UNKNOWN:
@@ -125,7 +112,8 @@ def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, colum
             if isinstance(examples, str):
                 raise PeftMoeError(f"prompts[{name!r}][{side!r}] is one text; give a list of prompts")
             label = column + columns * SIDES.index(side)
-            rows += [sample_row({"prompt": one}, label, tokenizer, whole=False) for one in examples]
+            for one in examples:
+                rows.append(sample_row({"prompt": one}, label, tokenizer, whole=False))
     return rows
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..routers import Router, Scorer
 from .inputs import InputReader
-from .samples import Row
 from .solve import Values, accuracy
 from .sums import Inputs
+from .token_rows import TokenRows
 
 Solver = Callable[[Scorer, Inputs, float], Values]
 
@@ -72,7 +72,7 @@ class Fitted:
 def fit_streamed(
     reader: InputReader,
     routers: Mapping[str, Router],
-    rows: Sequence[Row],
+    rows: TokenRows,
     plan: Plan,
     solve: Solver | None,
     strength: float,
@@ -89,7 +89,7 @@ def fit_streamed(
     """
     fitted = Fitted()
     columns = next(iter(routers.values())).settings.num_columns
-    labels = columns * (2 if any(row.label >= columns for row in rows) else 1)  # negative examples
+    labels = columns * (2 if any(label >= columns for label in rows.labels) else 1)  # negative examples
     groups = plan.groups(routers, labels)
     for number, group in enumerate(groups):
         seen = {
