@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from support.preferences import (
 from support.routing import routers, set_routers
 from support.training import router_values
 from support.zoo import Zoo
+from torch import nn
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 
 from peft_moe import MoLoraConfig, PeftMoeError
@@ -273,4 +275,26 @@ def test_a_reference_model_of_ones_own(zoo: Zoo, tmp_path: Path) -> None:
     batch = batch_of(trainer)
     torch.testing.assert_close(
         reference_logps(trainer, batch).double(), logps(kept.eval(), batch).sum(-1), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_on_a_four_bit_base(
+    zoo: Zoo, tmp_path: Path, four_bit: Callable[[], nn.Module], reference: str
+) -> None:
+    """TRL makes trained numbers bfloat16 there; the start is taken of the router as it trains, in float32."""
+    model = zoo.mixture("llama", "top2", base=four_bit())
+    trainer = make_preference_trainer(
+        "dpo", model, tmp_path, given={"reference": reference}, max_steps=2, learning_rate=1e-3
+    )
+    before = router_values(trainer.model).clone()
+    trainer.train()
+    assert all(p.dtype == torch.float32 for _, r in routers(trainer.model) for p in r.parameters())
+    assert not torch.equal(before, router_values(trainer.model))
+    if reference == "start":
+        assert log_of(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    batch = batch_of(trainer)
+    other = four_bit() if reference == "base" else zoo.mixture("llama", "top2", base=four_bit())
+    torch.testing.assert_close(
+        reference_logps(trainer, batch).double(), logps(other.eval(), batch).sum(-1), **CLOSE
     )
