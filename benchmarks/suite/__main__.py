@@ -58,9 +58,11 @@ def main(words: list[str] | None = None) -> int:
         print(f"No figures: {error}", file=sys.stderr)
         return 1
     parts = [heading(peaks, args.quick, time.monotonic() - start), *notes, tables(rows)]
+    bounds: dict[str, str] = {}
     if "models" in args.levels:
-        parts.append(profile.measure(args.quick))
-    text = "\n\n".join(part for part in (*parts, "" if args.quick else goals(rows)) if part) + "\n\n"
+        where, bounds = profile.measure(args.quick)
+        parts.append(where)
+    text = "\n\n".join(part for part in (*parts, "" if args.quick else goals(rows, bounds)) if part) + "\n\n"
     print(text)
     keep(args.out, text, rows, peaks)
     return 0

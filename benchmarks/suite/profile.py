@@ -24,13 +24,13 @@ REPEATS = 3
 STEPS: dict[str, Callable[..., Variant]] = {"prefill": prefill, "decode": decode, "training": training_step}
 
 
-def measure(quick: bool) -> str:
-    """A table per step: the operations that differ most, in milliseconds of their own."""
+def measure(quick: bool) -> tuple[str, dict[str, str]]:
+    """A table per step: the operations that differ most, in milliseconds of their own; and the first in words."""
     case = replace(GOAL, experts=2, sizes=TINY_LLAMA, tokens=48) if quick else GOAL
     contestants, _, _ = build(case, [OURS, TOTAL])
     torch.manual_seed(2)
     ids = torch.randint(0, case.sizes["vocab_size"], (case.batch, case.tokens))
-    parts = []
+    parts, bounds = [], {}
     for step, make in STEPS.items():
         spent = {}
         for name, contestant in contestants.items():
@@ -40,6 +40,8 @@ def measure(quick: bool) -> str:
         ours, lora = spent[OURS], spent[TOTAL]
         more = {op: ours.get(op, 0.0) - lora.get(op, 0.0) for op in {*ours, *lora}}
         chosen = sorted(more, key=lambda op: -abs(more[op]))[:MOST]
+        dear = [op for op in chosen if more[op] > 0][:4]
+        bounds[step] = ", ".join(f"{op.removeprefix('aten::')} {more[op]:+.1f}" for op in dear)
         lines = [
             f"| {op} | {ours.get(op, 0):.2f} | {lora.get(op, 0):.2f} | {more[op]:+.2f} |" for op in chosen
         ]
@@ -50,7 +52,7 @@ def measure(quick: bool) -> str:
             f"| operation | {OURS} | {TOTAL} | more |",
         ]
         parts.append("\n".join([*head, "|---|---:|---:|---:|", *lines, total]))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts), bounds
 
 
 def _operations(variant: Variant) -> dict[str, float]:

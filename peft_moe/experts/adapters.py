@@ -101,6 +101,11 @@ class ExpertFile:
             raise refusal(self.spec.name, what, "ask for a name in `modules`")
         return self._tensor(tensor_key(module_name, "A")), self._tensor(tensor_key(module_name, "B"))
 
+    def dtype(self, module_name: str) -> torch.dtype:
+        """The wider dtype of the expert's two matrices at one of ``modules``."""
+        one, other = (_TORCH[self._header[tensor_key(module_name, side)].dtype] for side in "AB")
+        return torch.promote_types(one, other)
+
     def close(self) -> None:
         """Close the file; tensors already read stay valid."""
         self._file.close()

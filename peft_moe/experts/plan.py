@@ -60,19 +60,32 @@ class ExpertPlan:
         if self.files:
             if self.bar is not None:
                 self.bar.update()
-            pairs = [f.read(module_name) for f in self.files if f.spec.rank_in(module_name)]
-            dtype = pairs[0][0].dtype
-            for pair in pairs:
-                dtype = torch.promote_types(dtype, torch.promote_types(pair[0].dtype, pair[1].dtype))
-            A_RI = torch.cat([a.to(dtype) for a, _ in pairs])
-            B_RO = torch.cat([b.to(dtype).T for _, b in pairs])
-            return A_RI, B_RO
+            return self._read(module_name, in_features, out_features)
         if self.awaited:
             return (
                 torch.full((ranks.total, in_features), torch.nan),
                 torch.full((ranks.total, out_features), torch.nan),
             )
         return _fresh_factors(ranks.total, in_features, out_features, zero=self.init_weights)
+
+    def _read(self, module_name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        # One pair after the other into its place: no second copy of a layer is ever held.
+        files = [f for f in self.files if f.spec.rank_in(module_name)]
+        dtype, total = files[0].dtype(module_name), 0
+        for file in files:
+            dtype = torch.promote_types(dtype, file.dtype(module_name))
+            total += file.spec.rank_in(module_name)
+        with torch.device("cpu"):
+            A_RI, B_RO = (
+                torch.empty(total, in_features, dtype=dtype),
+                torch.empty(total, out_features, dtype=dtype),
+            )
+        start = 0
+        for file in files:
+            a, b = file.read(module_name)
+            A_RI[start : start + len(a)], B_RO[start : start + len(a)] = a, b.T
+            start += len(a)
+        return A_RI, B_RO
 
     def close(self) -> None:
         """Let go of the adapters' files; what was read has been copied."""
