@@ -25,7 +25,7 @@ STEPS: dict[str, Callable[..., Variant]] = {"prefill": prefill, "decode": decode
 
 
 def measure(quick: bool) -> tuple[str, dict[str, str]]:
-    """A table per step: the operations that differ most, in milliseconds of their own; and the first in words."""
+    """A table per step, of the operations that differ most in milliseconds; and its head in words."""
     case = replace(GOAL, experts=2, sizes=TINY_LLAMA, tokens=48) if quick else GOAL
     contestants, _, _ = build(case, [OURS, TOTAL])
     torch.manual_seed(2)

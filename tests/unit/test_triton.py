@@ -101,8 +101,12 @@ def test_without_triton_the_reason_is_given(monkeypatch):
         assert "pip install triton" in FORMS[name].supports(facts)
 
 
-def test_importing_the_package_imports_no_kernel():
-    script = "import sys, peft_moe; print([m for m in sys.modules if m.startswith('peft_moe.ops.triton')])"
+def test_importing_the_package_imports_no_kernel_and_nothing_that_peft_does_not():
+    script = (
+        "import sys, peft; before = set(sys.modules); import peft_moe; "
+        "print([m for m in sys.modules if m.startswith('peft_moe.ops.triton')], "
+        "sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "['peft_moe.ops.triton_forms']"
+    assert done.stdout.strip() == "['peft_moe.ops.triton_forms'] ['peft_moe']"
