@@ -19,6 +19,7 @@ from ..metrics import routing_summary
 from ..routers import Router
 from ..routing import RoutingRecord, record_routing, routing_inputs
 from ..sharing import named_routers
+from .balanced import balanced_sampler
 from .checkpoints import checked_resume, seal, unseal
 from .distillation import Distiller
 from .domains import DOMAIN_INDEX, OURS, DomainCollator, check_domains, per_row_domains, refuse_unlabelled
@@ -47,6 +48,8 @@ class RouterTrainerMixin:
         model: as for the trainer.
         teacher: for ``distillation_coef``: a causal language model with the base's tokenizer. Without it
             each sample's own expert teaches. The other arguments are the trainer's.
+        balanced_domains: every step, and every batch of a multiple of the domains, holds equal shares of all
+            domains; smaller ones repeat.
 
     Raises:
         PeftMoeError: at construction or at ``train()``: no mixture, nothing to train, something else
@@ -60,8 +63,14 @@ class RouterTrainerMixin:
     train_dataset: Any
 
     def __init__(
-        self, model: Any = None, *args: Any, teacher: nn.Module | None = None, **kwargs: Any
+        self,
+        model: Any = None,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        balanced_domains: bool = False,
+        **kwargs: Any,
     ) -> None:
+        self._balanced = balanced_domains
         before = router_weights(model) if isinstance(model, nn.Module) else {}
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         self.adapter_name, self.mixture = mixture_config(self.model)
@@ -85,6 +94,8 @@ class RouterTrainerMixin:
         }
 
     def _keep_domains(self) -> None:
+        if self._balanced:
+            self._get_train_sampler()
         self.data_collator = DomainCollator(self.data_collator, self.mixture)
 
     def _begin(self) -> None:
@@ -131,6 +142,20 @@ class RouterTrainerMixin:
         self._eval_prefix = metric_key_prefix
         self._routing_log["eval"].clear()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self._balanced:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        state: Any = self
+        # Asked of the trainer, since accelerate does not tell a sampler the epoch of a run that is resumed.
+        return balanced_sampler(
+            self.train_dataset if train_dataset is None else train_dataset,
+            self.args,
+            state._train_batch_size,
+            seed,
+            lambda: state.state.global_step,
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
