@@ -44,6 +44,7 @@ class RouterArguments:
     generic_share: float | None = field(default=None, metadata={"help": "Share without an expert."})
     domain_randomisation: float = field(default=0.0, metadata={"help": "Share of labels made wrong."})
     switching_share: float = field(default=0.0, metadata={"help": "Share of texts of two domains."})
+    balanced_batches: bool = field(default=False, metadata={"help": "Equal shares of domains per step."})
 
 
 def load_data(args: RouterArguments, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
@@ -89,6 +90,7 @@ if __name__ == "__main__":
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=config,
+        balanced_domains=router_args.balanced_batches,
     )
     tokenised, share = trainer.train_dataset, router_args.switching_share
     trainer.train_dataset = robustness.with_switches(tokenised, share, args.seed, args.max_length)
