@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .commands.edit import add_expert, remove_expert, rename_expert, reorder_experts, replace_expert
+from .commands.export import card, export
 from .commands.extract import extract
 from .commands.inspect import inspect
 from .commands.mix import mix
@@ -79,6 +80,8 @@ def routers(
 
 
 app.command()(bakeoff)
+app.command()(card)
+app.command()(export)
 app.command()(extract)
 app.command()(inspect)
 app.command()(mix)

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
+from .card import check_base_on_hub, update_card
 from .config_checks import check_routing, check_shared
 from .errors import PeftMoeError
 from .experts.spec import ExpertSpec, source_name
@@ -135,6 +136,8 @@ class MoLoraConfig(RoutingFields, PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's saving of a config, in one step; behind weights it also records their digest.
 
+        The model card is written beside it.
+
         Raises:
             PeftMoeError: the folder or the weights in it cannot be read.
         """
@@ -154,6 +157,16 @@ class MoLoraConfig(RoutingFields, PeftConfig):
                 os.rename(os.path.join(scratch, CONFIG_NAME), beside)
 
         replace_file(place / CONFIG_NAME, write)
+        update_card(place, self)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's upload of a config.
+
+        Raises:
+            PeftMoeError: the base is a folder on this machine; nothing was uploaded.
+        """
+        check_base_on_hub(self)
+        return super().push_to_hub(*args, **kwargs)
 
     @property
     def num_experts(self) -> int:

@@ -51,14 +51,7 @@ class Depth:
     def settings(self, module_name: str) -> RouterSettings:
         """Those of the router that stands at ``module_name``."""
         present = self._of(self.config.experts_per_layer, module_name)
-        settings = self.config.router_settings(
-            present=present, top_k=self._of(self.config.top_k_per_layer, module_name)
-        )
-        columns = settings.num_columns - len(settings.missing_columns)
-        # A layer with fewer experts than top_k uses all that it has.
-        if settings.top_k is not None and settings.top_k > columns:
-            return replace(settings, top_k=columns)
-        return settings
+        return layer_settings(self.config, present, self._of(self.config.top_k_per_layer, module_name))
 
     def cut(self, ranks: RankMap, module_name: str) -> RankMap:
         """Ranks without the experts that the layer does not have."""
@@ -67,3 +60,19 @@ class Depth:
             return ranks
         kept = tuple(rank if expert < present else 0 for expert, rank in enumerate(ranks.ranks))
         return RankMap(kept, ranks.scaling)
+
+
+def layer_settings(config: MoLoraConfig, present: int | None, top_k: int | None) -> RouterSettings:
+    """Those of the router of one layer.
+
+    Args:
+        config: the mixture's.
+        present: number of experts in the layer; None for all.
+        top_k: of the layer, where it has its own.
+    """
+    settings = config.router_settings(present=present, top_k=top_k)
+    columns = settings.num_columns - len(settings.missing_columns)
+    # A layer with fewer experts than top_k uses all that it has.
+    if settings.top_k is not None and settings.top_k > columns:
+        return replace(settings, top_k=columns)
+    return settings

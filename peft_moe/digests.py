@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from .saved_files import belongs
 from .sharing import MixtureLayer
 
 WeightOf = Callable[[Any, str], Tensor | None]
+Slab = tuple[str, str, Tensor]
+"""Layer, "A" or "B", and an expert's part of that factor, [r, I] or [r, O]."""
 
 _OURS = re.compile(r"(?:^|\.)molora_(?:A|B|router)\.([A-Za-z0-9_-]+)\.")
 
@@ -79,7 +81,7 @@ def short(digest: str | None) -> str:
 
 
 def _digest(layers: dict[str, Any], adapter: str, expert: int, weight_of: WeightOf) -> str | None:
-    digest, dtypes = hashlib.sha256(), set()
+    slabs: list[Slab] = []
     for name, layer in layers.items():
         segment = layer.rank_maps[adapter].slices()[expert]
         if segment.start == segment.stop:
@@ -93,8 +95,20 @@ def _digest(layers: dict[str, Any], adapter: str, expert: int, weight_of: Weight
                 return None
             if hasattr(weight, "to_local"):  # a part of a tensor that other processes share
                 return None
-            slab, dtype = weight[segment].contiguous().cpu(), str(weight.dtype).removeprefix("torch.")
-            dtypes.add(dtype)
-            digest.update(f"{name} {side} {dtype} {list(slab.shape)}\n".encode())
-            digest.update(slab.view(torch.uint8).numpy().data)
+            slabs.append((name, side, weight[segment]))
+    return slab_digest(slabs)
+
+
+def slab_digest(slabs: Iterable[Slab]) -> str:
+    """Digest of one expert, as :func:`expert_digests` gives it.
+
+    Args:
+        slabs: by the names of the layers, A before B.
+    """
+    digest, dtypes = hashlib.sha256(), set()
+    for name, side, part in slabs:
+        slab, dtype = part.contiguous().cpu(), str(part.dtype).removeprefix("torch.")
+        dtypes.add(dtype)
+        digest.update(f"{name} {side} {dtype} {list(slab.shape)}\n".encode())
+        digest.update(slab.view(torch.uint8).numpy().data)
     return f"{'+'.join(sorted(dtypes))}:{digest.hexdigest()}"

@@ -142,7 +142,7 @@ def check_before(
         def weight_of(layer: Any, side: str) -> Tensor | None:
             return coming.get(f"{paths[layer]}.molora_{side}.{adapter}.weight")
 
-        _compare(expert_digests(model, adapter, weight_of), adapter, recorded)
+        compare_digests(expert_digests(model, adapter, weight_of), adapter, recorded)
 
 
 def check_load(model: nn.Module, adapter: str, configs: dict[str, Any]) -> None:
@@ -207,13 +207,23 @@ def check_arrived(
                 "the folder again, or save the mixture again"
             )
     if verify and any(recorded.values()):
-        _compare(expert_digests(model, adapter), adapter, recorded)
+        compare_digests(expert_digests(model, adapter), adapter, recorded)
     for layer in layers.values():
         layer.awaited.discard(adapter)
     return True
 
 
-def _compare(found: list[str | None], adapter: str, recorded: dict[str, str | None]) -> None:
+def compare_digests(found: list[str | None], adapter: str, recorded: dict[str, str | None]) -> None:
+    """Hold experts against what a config records of them.
+
+    Args:
+        found: digest of every expert, in the mixture's order.
+        adapter: for the message.
+        recorded: the same in the config, by name; None where there is none.
+
+    Raises:
+        PeftMoeError: an expert is another one.
+    """
     for (expert, wanted), here in zip(recorded.items(), found, strict=True):
         # Experts that were cast on purpose have other dtypes, and no bytes to compare.
         comparable = wanted and here and wanted.split(":")[0] == here.split(":")[0]

@@ -211,7 +211,11 @@ class MoLoraLayer(nn.Module, MixtureLayer):
                 f"adapter {adapter!r} routes by its input, so it cannot be merged into one weight; "
                 "serve it with peft_moe imported, or use router='uniform', whose gates are constant"
             )
-        probe_11I = torch.zeros(1, 1, self.in_features, device=self.molora_A[adapter].weight.device)
+        weight = self.molora_A[adapter].weight
+        # As wide as a forward pass: the model's one decision is float32, others follow what the layer reads.
+        own = torch.float32 if self.deciders[adapter].scope == "model" else weight.dtype
+        wide = torch.promote_types(own, torch.float32)
+        probe_11I = torch.zeros(1, 1, self.in_features, device=weight.device, dtype=wide)
         gates_E: Tensor = router(probe_11I).gates.reshape(-1)
         return gates_E
 

@@ -12,6 +12,7 @@ from peft.utils import PeftType, register_peft_method
 
 from .config import MoLoraConfig
 from .errors import PeftMoeError
+from .hub import watch_pushes
 from .model import MoLoraModel
 
 METHOD = "molora"
@@ -23,6 +24,7 @@ def register() -> None:
     Raises:
         PeftMoeError: PEFT's tables are not what this version was made for.
     """
+    watch_pushes()
     key = METHOD.upper()
     if key not in PeftType.__members__:
         _add_enum_member(key)

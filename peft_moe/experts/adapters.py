@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from peft_moe.card import CARD_FILE, license_of
 from peft_moe.errors import PeftMoeError
 from peft_moe.experts.base_view import BaseView
 from peft_moe.experts.checks import (
@@ -117,6 +118,10 @@ class ExpertFile:
         """Hold keys, dtypes, shapes and ranks against config and base, and fill ``modules``."""
         self.modules = check_header(self.spec, self._header, base)
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Of all its tensors."""
+        return {t.dtype for module in self.modules for t in self.read(module)}
+
     def check_values(self) -> None:
         """Refuse NaN and infinity, which attention kernels can swallow without a trace."""
         for module in self.modules:
@@ -184,9 +189,20 @@ def open_experts(
         for file in files:
             file.check_values()
             file.spec.sha256 = file_sha256(file.path)
+        for file, source in zip(files, sources, strict=True):
+            file.spec.license = license_of(source.optional(CARD_FILE))
+        _note_dtypes(files)
         warn_of_twins([file.spec for file in files])
         opened.pop_all()  # all is well: the caller closes them
     return files
+
+
+def _note_dtypes(files: list[ExpertFile]) -> None:
+    """Experts of several dtypes are kept in the widest; each then remembers its own, to be given back in."""
+    own = [file.dtypes() for file in files]
+    for file, dtypes in zip(files, own, strict=True):
+        if len(dtypes) == 1 and len(set().union(*own)) > 1:
+            file.spec.dtype = str(next(iter(dtypes))).removeprefix("torch.")
 
 
 def _checked_configs(
@@ -221,6 +237,7 @@ def spec_of(source: Source, config: Mapping[str, Any]) -> ExpertSpec:
         rank_pattern=dict(config.get("rank_pattern") or {}),
         alpha_pattern=dict(config.get("alpha_pattern") or {}),
         layers_pattern=config.get("layers_pattern"),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         **lists,
     )
 

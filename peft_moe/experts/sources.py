@@ -60,6 +60,16 @@ class Source:
             raise self._pickle_only(what)
         raise refusal(self.expert, what, "give the folder that save_pretrained() wrote")
 
+    def optional(self, filename: str) -> str | None:
+        """Local path of a file that an adapter may lack; None where it does, or the Hub does not answer."""
+        if not self.is_hub:
+            path = os.path.join(self.location, filename)
+            return path if os.path.isfile(path) else None
+        try:
+            return hf_hub_download(self.location, filename, revision=self.revision)
+        except Exception:  # as in _download: any error of its transport
+            return None
+
     def _pickle_only(self, what: str) -> PeftMoeError:
         what += f", only {PICKLE_FILE}: a pickle can run code, so it is not opened"
         fix = (

@@ -43,8 +43,11 @@ class ExpertSpec:
         digest: of the weights as they are in the mixture, see ``integrity.expert_digests``; None for
             experts that train.
         base_model: the base that the adapter says it was trained on.
+        license: what the adapter's own card says; None if it has none, or says nothing.
+        dtype: of the adapter's tensors, where the mixture keeps them in a wider one.
         r, lora_alpha, use_rslora, rank_pattern, alpha_pattern: as in ``LoraConfig``.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in ``LoraConfig``.
+        fan_in_fan_out: as in ``LoraConfig``; the mixture finds out by itself, PEFT asks for it.
         trains: whether this expert's own weights train; None follows the mixture's ``train_experts``.
     """
 
@@ -54,6 +57,8 @@ class ExpertSpec:
     sha256: str | None = None
     digest: str | None = None
     base_model: str | None = None
+    license: str | None = None
+    dtype: str | None = None
     r: int = 8
     lora_alpha: float = 8
     use_rslora: bool = False
@@ -63,6 +68,7 @@ class ExpertSpec:
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    fan_in_fan_out: bool = False
     trains: bool | None = None
 
     def rank_in(self, module_name: str) -> int:

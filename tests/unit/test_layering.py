@@ -19,6 +19,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: (
         "experts.spec",
         "config",
+        "card",
         "config_checks",
         "field_checks",
         "loss_checks",
@@ -56,7 +57,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "experts",
     ),
     4: ("model", "saving", "fitting", "editing"),
-    5: ("registration", "training", "evaluation", "catalogue", "mixfile", "planning"),
+    5: ("registration", "hub", "export", "training", "evaluation", "catalogue", "mixfile", "planning"),
     6: ("cli", "commands", "console", "demo", "__init__", "__main__"),
 }
 MAX_FILE, MAX_FUNCTION = 300, 60

@@ -1,0 +1,108 @@
+"""``peft-moe export`` and ``peft-moe card``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import wide_console
+from ..errors import PeftMoeError
+
+To = Annotated[str, typer.Option(help="lora, merged, adapters (each expert back), or distilled-lora.")]
+Gates = Annotated[
+    str | None,
+    typer.Option(help="lora, merged: fixed gates, as 'math=0.5,code=0.5'; 'math' alone is that expert."),
+]
+Rank = Annotated[
+    int | None, typer.Option(help="lora: cut to this rank by SVD; distilled-lora: its rank.", min=1)
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16; default: what there is, if exact.")
+]
+Base = Annotated[
+    str | None, typer.Option(help="merged, distilled-lora: the base, if the mixture's is not here.")
+]
+Data = Annotated[
+    Path | None, typer.Option(help="distilled-lora: .jsonl of prompt + completion, messages or text.")
+]
+EvalData = Annotated[
+    Path | None, typer.Option(help="distilled-lora: held-out texts; default: a tenth of --data.")
+]
+
+
+def export(
+    mixture: Annotated[str, typer.Argument(help="Folder or Hub id of a saved mixture; it stays as it is.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: To = "lora",
+    gates: Gates = None,
+    rank: Rank = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    steps: Annotated[int, typer.Option(help="distilled-lora: training steps.", min=0)] = 200,
+    learning_rate: Annotated[float, typer.Option(help="distilled-lora.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="distilled-lora: texts per step.", min=1)] = 8,
+    max_length: Annotated[int, typer.Option(help="distilled-lora: tokens per text.", min=2)] = 1024,
+    temperature: Annotated[float, typer.Option(help="distilled-lora: of the distillation.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="distilled-lora.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write a mixture as something that works without peft-moe.
+
+    lora and merged equal a mixture whose gates do not depend on the input, or are fixed with --gates;
+    distilled-lora trains one LoRA to imitate any mixture, and says how far it is from it.
+    """
+    from ..export import Distillation
+    from ..export import export as write
+    from ..export.gates import read_gates
+
+    how = None
+    if data is not None:
+        how = Distillation(
+            str(data), str(eval_data) if eval_data else None, steps=steps, learning_rate=learning_rate,
+            batch_size=batch_size, max_length=max_length, temperature=temperature, seed=seed,
+            trainer={"disable_tqdm": as_json},
+        )  # fmt: skip
+    elif eval_data is not None:
+        raise PeftMoeError("--eval-data has no effect without --data")
+    fixed = read_gates(gates) if gates is not None else None
+    report = write(
+        mixture,
+        out,
+        to,
+        gates=fixed,
+        rank=rank,
+        dtype=dtype,
+        base=base,
+        distillation=how,
+        overwrite=overwrite,
+    )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1))
+        return
+    console = wide_console()
+    for line in report.lines():
+        console.print(line, highlight=False)
+    console.print(f"Kept: {out}", highlight=False)
+
+
+def card(
+    mixture: Annotated[Path, typer.Argument(help="Folder of a saved mixture.")],
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="JSON of figures: a training's summary.json, a bake-off's results.json."),
+    ] = None,
+) -> None:
+    """Write the model card of a saved mixture anew, with figures."""
+    from ..card import update_card
+    from ..export.source import open_mixture
+
+    console = wide_console()
+    console.print(
+        f"Kept: {update_card(mixture, open_mixture(mixture).config, metrics=metrics)}", highlight=False
+    )

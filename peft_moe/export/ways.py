@@ -1,0 +1,100 @@
+"""``export``: what is asked for is checked, then written beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..errors import PeftMoeError, near_matches
+from ..experts.extract_files import write_json
+from ..new_folder import check_new_folder, new_folder
+from .adapters import export_adapters
+from .distilled import Distillation, check_distillation, export_distilled
+from .lora import export_lora
+from .merged import export_merged
+from .report import REPORT_FILE, ExportReport
+from .source import open_mixture
+
+KINDS = ("lora", "merged", "adapters", "distilled-lora")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Which options each kind has; one that would have no effect is refused.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "lora": ("gates", "rank", "dtype"),
+    "merged": ("gates", "base", "dtype"),
+    "adapters": (),
+    "distilled-lora": ("rank", "base", "dtype", "distillation"),
+}
+
+
+def export(
+    mixture: str | os.PathLike[str] | PeftModel,
+    out: str | os.PathLike[str],
+    to: str = "lora",
+    *,
+    gates: Mapping[str, float] | None = None,
+    rank: int | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    distillation: Distillation | None = None,
+    adapter: str | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a mixture as something that works without this package.
+
+    Args:
+        mixture: folder or Hub id of a saved mixture, or a PeftModel that carries one.
+        out: folder to write; it appears whole or not at all.
+        to: "lora": one plain LoRA, equal to a mixture with constant gates. "merged": the same in the base's
+            own weights, a plain transformers model. "adapters": each expert in a folder of its own, as it
+            went in. "distilled-lora": one LoRA trained to imitate any mixture.
+        gates: "lora" and "merged": fixed weight by expert instead of the router's; experts left out weigh 0.
+        rank: "lora": at most so many ranks in each module, by SVD; "distilled-lora": its rank.
+        base: "merged" and "distilled-lora": folder or Hub id of the base, if not the one the mixture names.
+        dtype: "float32", "bfloat16" or "float16"; None keeps what there is, where it is exact.
+        distillation: "distilled-lora": texts and training, a :class:`Distillation`.
+        adapter: which mixture of a model; None takes the active one.
+        overwrite: replace ``out``.
+
+    Raises:
+        PeftMoeError: what cannot be exported so, with the ways that work; nothing is written.
+    """
+    given = {"gates": gates, "rank": rank, "base": base, "dtype": dtype, "distillation": distillation}
+    _check(to, given)
+    found = open_mixture(mixture, adapter)
+    inputs = [path for path in (found.folder, base, found.base) if path and os.path.isdir(path)]
+    place = check_new_folder(out, inputs, overwrite=overwrite)
+    if to == "distilled-lora":
+        check_distillation(found, rank, distillation)
+    kept = _DTYPES[dtype] if dtype is not None else None
+    report = ExportReport(to, found.label, place, base or found.base, found.config.expert_names)
+    with new_folder(place) as folder:
+        if to == "lora":
+            export_lora(found, folder, report, gates=gates, rank=rank, dtype=kept)
+        elif to == "merged":
+            export_merged(found, folder, report, gates=gates, base=base, dtype=kept)
+        elif to == "adapters":
+            export_adapters(found, folder, report)
+        else:
+            export_distilled(found, folder, report, rank=rank, base=base, dtype=kept, how=distillation)
+        write_json(folder / REPORT_FILE, report.to_dict())
+    return report
+
+
+def _check(to: str, given: Mapping[str, Any]) -> None:
+    if to not in KINDS:
+        raise PeftMoeError(f"to={to!r} is not known.{near_matches(str(to), KINDS)}")
+    for name, value in given.items():
+        if value is not None and name not in _OPTIONS[to]:
+            kinds = [kind for kind, options in _OPTIONS.items() if name in options]
+            raise PeftMoeError(
+                f"{name}={value!r} has no effect with to={to!r}, only with {' or '.join(kinds)}"
+            )
+    rank, dtype = given["rank"], given["dtype"]
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise PeftMoeError(f"rank={rank!r} must be a whole number of at least 1")
+    if dtype is not None and dtype not in _DTYPES:
+        raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(str(dtype), _DTYPES)}")
