@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_moe import use_experts
 from peft_moe.ops import FORMS, Facts, RankMap
+from peft_moe.routers import Router
 
 WAITS = {
     "_local_scalar_dense",  # item, tolist, bool(), int()
@@ -142,3 +143,16 @@ def test_a_wait_is_noticed(zoo: Zoo) -> None:
     with Watch() as watch:
         check_router("linear")
     assert any("/peft_moe/" in line for line in watch.found)
+
+
+@pytest.mark.parametrize(("routing", "once"), [("block", True), ("top2", False)])
+def test_a_router_of_a_block_is_asked_once_for_all_its_layers(zoo: Zoo, routing: str, once: bool) -> None:
+    model = zoo.mixture("llama", routing)
+    asked: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and ".layers.0.self_attn." in name:
+            module.register_forward_hook(lambda *_, name=name: asked.append(name))
+    with torch.no_grad():
+        model(**batch_for("llama", texts()))
+    assert (len(asked) == 1) is once, asked
+    assert asked
