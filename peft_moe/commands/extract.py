@@ -22,6 +22,9 @@ def extract(
         float | None, typer.Option(help="Instead: the fewest ranks that keep this share of ‖ΔW‖², as 0.95.")
     ] = None,
     max_rank: Annotated[int, typer.Option(help="Never more than so many ranks in a layer.", min=1)] = 64,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Instead: all of each layer's change, exactly.")
+    ] = False,
     target_modules: Annotated[
         str, typer.Option(help="Linear layers to take, as 'q_proj,v_proj'. Default: all but the head.")
     ] = "",
@@ -48,6 +51,7 @@ def extract(
         rank=rank,
         energy=energy,
         max_rank=max_rank,
+        dense=dense,
         target_modules=[part.strip() for part in target_modules.split(",") if part.strip()] or None,
         dtype=dtype,
         texts=read_texts(calibration) if calibration else (),

@@ -45,6 +45,7 @@ def extract_adapter(
     rank: int | None = None,
     energy: float | None = None,
     max_rank: int = 64,
+    dense: bool = False,
     target_modules: list[str] | str | None = None,
     dtype: str = "auto",
     texts: Sequence[str] = (),
@@ -61,6 +62,9 @@ def extract_adapter(
         energy: instead, the fewest ranks that keep this share of each layer's ‖ΔW‖², at most ``max_rank``.
         max_rank: by default a layer keeps the singular values above its noise (Gavish and Donoho), at most
             so many.
+        dense: instead, all of ΔW: one factor holds it and the other is an identity, so that it is an adapter
+            of full rank for PEFT and for mixtures alike. ``dtype`` is then float32 by default, in which the
+            difference of two models of 16 bits is exact.
         target_modules: linear layers to take, as PEFT matches names; None: all but the head.
         dtype: of the factors: "float32", "bfloat16", "float16", or "auto", the model's own.
         texts: calibration text: the report then has each layer's output error and the KL divergence of the
@@ -74,18 +78,22 @@ def extract_adapter(
             finite, nothing to extract; nothing is written.
     """
     started = time.perf_counter()
-    rule = RankRule(rank, energy, max_rank)
+    rule = RankRule(rank, energy, max_rank, dense)
     if dtype not in ("auto", *DTYPES):
         raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(dtype, ('auto', *DTYPES))}")
     plan = plan_extraction(Checkpoint.open(base), Checkpoint.open(model), target_modules)
     place = check_new_folder(out, (plan.base.folder, plan.model.folder), overwrite=overwrite)
-    name = _OF_FILE.get(plan.model.dtype, "float32") if dtype == "auto" else dtype
+    name = dtype
+    if dtype == "auto":
+        name = "float32" if dense else _OF_FILE.get(plan.model.dtype, "float32")
     calibration = None
     if texts:
         from peft_moe.experts.extract_quality import Calibration
 
         calibration = Calibration.read(plan, texts, device)
     described = {"name": rule.name, "rank": rank, "energy": energy, "max_rank": max_rank}
+    if dense:
+        described = {"name": rule.name}
     report = ExtractionReport(plan.base.location, plan.model.location, "", described, name)
     inputs = calibration.inputs if calibration else {}
     factors = _read_all(plan, rule, DTYPES[name], report, inputs, device, progress)

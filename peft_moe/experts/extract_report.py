@@ -26,7 +26,7 @@ class LayerReport:
         energy: share of ‖ΔW‖² that is kept.
         relative_error: ‖ΔW − B·A‖ / ‖ΔW‖ of the factors as written.
         output_error: ‖(ΔW − B·A)x‖ / ‖ΔW·x‖ over calibration text; None without.
-        method: "exact", "randomised", or "unchanged".
+        method: "exact", "randomised", "dense", or "unchanged".
         check: how far the randomised factors are from singular ones; 0 where exact.
     """
 

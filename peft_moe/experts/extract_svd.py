@@ -20,6 +20,8 @@ NOISE_BLOCK = 768
 # ‖ΔWᵀU − VS‖ / ‖S‖ at which randomised factors count as singular; the energy that they miss is its square.
 TOLERANCE = 1e-3
 MAX_ITERATIONS = 24
+# More ranks than any layer has.
+_UNLIMITED = 1 << 30
 # Elements of a block of rows: what is computed from a whole tensor takes no second one.
 _BLOCK = 1 << 18
 
@@ -32,13 +34,24 @@ class RankRule:
         rank: exactly so many; None: by ``energy``, or else by Gavish and Donoho's threshold.
         energy: the fewest whose squares sum to this share of ‖ΔW‖².
         max_rank: never more, but for a fixed ``rank``.
+        dense: all of ΔW, without decomposition.
     """
 
     rank: int | None = None
     energy: float | None = None
     max_rank: int = 64
+    dense: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dense, bool):
+            raise PeftMoeError(f"dense={self.dense!r} must be True or False")
+        given = [name for name in ("rank", "energy") if getattr(self, name) is not None]
+        if self.dense and (given or self.max_rank != type(self).max_rank):
+            name = (given or ["max_rank"])[0]
+            raise PeftMoeError(
+                f"{name}={getattr(self, name)} has no effect with dense=True, which keeps all of each "
+                "difference; leave one out"
+            )
         for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise PeftMoeError(f"{name}={value!r} must be a whole number ≥ 1")
@@ -53,11 +66,15 @@ class RankRule:
     @property
     def limit(self) -> int:
         """The most that can be kept."""
+        if self.dense:
+            return _UNLIMITED
         return self.rank if self.rank is not None else self.max_rank
 
     @property
     def name(self) -> str:
         """Of the rule, for reports."""
+        if self.dense:
+            return "dense"
         if self.rank is not None:
             return "fixed"
         return "Gavish-Donoho" if self.energy is None else "energy"
@@ -108,6 +125,8 @@ def low_rank(delta_OI: Tensor, rule: RankRule, *, seed: int = 0) -> LowRank:
     smaller, limit = min(delta_OI.shape), min(rule.limit, *delta_OI.shape)
     if norm == 0.0:
         return _cut(delta_OI, delta_OI[:, :0], norm, delta_OI[:0].sum(1), delta_OI[:0], 0, 0, "exact")
+    if rule.dense:
+        return _whole(delta_OI, norm)
     generator = torch.Generator(delta_OI.device).manual_seed(seed)
     if smaller > EXACT_UP_TO and 4 * limit < smaller:
         noise = _noise_threshold(delta_OI, generator) if rule.name == "Gavish-Donoho" else None
@@ -120,6 +139,14 @@ def low_rank(delta_OI: Tensor, rule: RankRule, *, seed: int = 0) -> LowRank:
         noise = threshold(S_K, delta_OI.shape, tuple(delta_OI.shape))
     wanted = _wanted(S_K, rule, norm, noise)
     return _cut(delta_OI, U_OK, norm, S_K, V_KI, wanted, min(wanted, limit), "exact", noise=noise)
+
+
+def _whole(delta_OI: Tensor, norm: float) -> LowRank:
+    """ΔW times an identity on its shorter side: a product of two factors that is ΔW to the bit."""
+    outputs, inputs = delta_OI.shape
+    one = torch.eye(min(outputs, inputs), device=delta_OI.device)
+    A, B = (delta_OI, one) if outputs <= inputs else (one, delta_OI)
+    return LowRank(A.contiguous(), B.contiguous(), norm, 1.0, min(outputs, inputs), "dense")
 
 
 def relative_error(delta_OI: Tensor, A_KI: Tensor, B_OK: Tensor, norm: float) -> float:

@@ -11,12 +11,12 @@ from typing import Any
 from ..errors import PeftMoeError, near_matches
 from ..experts.extract import DTYPES
 
-EXTRACT_KEYS = ("rank", "energy", "max_rank", "target_modules", "dtype")
-_EXPERT_KEYS = ("name", "source_model", "positive_prompts", "negative_prompts", "extract")
+EXTRACT_KEYS = ("rank", "energy", "max_rank", "dense", "target_modules", "dtype")
+_EXPERT_KEYS = ("name", "source_model", "positive_prompts", "negative_prompts", "extract", "keep")
+_KEEPS = ("low_rank", "dense")
 NOT_OF_EXPERTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "noise_scale": ((None, 0, 0.0), "noise on an expert's weights is not offered"),
     "residual_scale": ((None, 1, 1.0), "an expert adds what it learnt, with its gate as weight"),
-    "keep": ((None, "low_rank"), "a full model becomes a low-rank expert; dense ones cannot be mixed yet"),
 }
 
 
@@ -74,7 +74,11 @@ def _extract(given: Any, where: str) -> dict[str, Any]:
 def _settings(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """An expert's own way to choose ranks replaces the file's, which may be another."""
     if "rank" in own or "energy" in own:
-        defaults = {key: value for key, value in defaults.items() if key not in ("rank", "energy")}
+        defaults = {key: value for key, value in defaults.items() if key not in ("rank", "energy", "dense")}
+    if own.get("dense"):
+        defaults = {
+            key: value for key, value in defaults.items() if key not in ("rank", "energy", "max_rank")
+        }
     return {**defaults, **own}
 
 
@@ -131,7 +135,13 @@ def _entry(name: str | None, value: Any, where: str, folder: Path, base: str, de
     if name and values.get("name") not in (None, name):
         raise PeftMoeError(f"{where} is named {values['name']!r} as well; keep one name")
     source = _source(as_text(values["source_model"], f"{where}.source_model"), where, folder, base)
-    settings = _settings(_extract(defaults, "extract"), _extract(values.get("extract"), f"{where}.extract"))
+    chosen = _extract(values.get("extract"), f"{where}.extract")
+    keep = values.get("keep")
+    if keep is not None and keep not in _KEEPS:
+        raise PeftMoeError(f"{where}.keep={keep!r} is not known.{near_matches(str(keep), _KEEPS)}")
+    if keep is not None:
+        chosen = {**chosen, "dense": keep == "dense"}
+    settings = _settings(_extract(defaults, "extract"), chosen)
     own = name or values.get("name")
     positive, negative = (
         _prompts(values.get(f"{side}_prompts"), where, side) for side in ("positive", "negative")

@@ -154,7 +154,8 @@ def inspect_model(
         if base is None:
             found.notes.append("with --base it is said what an extraction would do")
             return found, None
-        rule = RankRule(settings.get("rank"), settings.get("energy"), settings.get("max_rank", 64))
+        dense = bool(settings.get("dense"))
+        rule = RankRule(settings.get("rank"), settings.get("energy"), settings.get("max_rank", 64), dense)
         plan = plan_extraction(base, model, settings.get("target_modules"))
     except PeftMoeError as error:
         found.problems.append(str(error))
@@ -181,12 +182,13 @@ def extraction_facts(plan: ExtractionPlan, rule: RankRule, dtype: str) -> dict[s
     left_out = Counter(
         "linear, not targeted" if pair.kind == LINEAR else pair.kind for pair in plan.pairs if not pair.taken
     )
-    width = 4 if dtype == "auto" and plan.model.dtype in ("F32", "F64") else _FACTOR_BYTES[dtype]
+    wide = rule.dense or plan.model.dtype in ("F32", "F64")
+    width = 4 if dtype == "auto" and wide else _FACTOR_BYTES[dtype]
     ranks = [min(rule.limit, *pair.features) for pair in taken]
     result = sum(rank * sum(pair.features) for rank, pair in zip(ranks, taken, strict=True))
     return {
         "layers": len(taken),
-        "rank by": f"{rule.name}, at most {rule.limit}",
+        "rank by": "dense, all of each layer" if rule.dense else f"{rule.name}, at most {rule.limit}",
         "left out": dict(left_out),
         "bytes of the adapter, at most": result * width,
         # The factors are copied once when they are written.
@@ -210,7 +212,7 @@ def _mapped(plan: ExtractionPlan) -> int:
 
 def _exact_work(plan: ExtractionPlan, rule: RankRule) -> int:
     """What an exact decomposition needs beside its tensor: its copy, both factors, LAPACK's work."""
-    sizes = [pair.features for pair in plan.taken]
+    sizes = [] if rule.dense else [pair.features for pair in plan.taken]
     exact = [o * i for o, i in sizes if min(o, i) <= EXACT_UP_TO or 4 * min(rule.limit, o, i) >= min(o, i)]
     return 4 * 4 * max(exact, default=0)
 

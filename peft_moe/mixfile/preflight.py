@@ -143,9 +143,13 @@ def _inspect_expert(entry: ExpertEntry, flight: Preflight, view: BaseView, downl
 def _bound(entry: ExpertEntry, plan: ExtractionPlan) -> ExpertSpec:
     """The expert at the highest rank that an extraction may give it."""
     limit = RankRule(
-        entry.extract.get("rank"), entry.extract.get("energy"), entry.extract.get("max_rank", 64)
+        entry.extract.get("rank"),
+        entry.extract.get("energy"),
+        entry.extract.get("max_rank", 64),
+        bool(entry.extract.get("dense")),
     ).limit
     ranks = {pair.name: min(limit, *pair.features) for pair in plan.taken}
+    limit = max(ranks.values(), default=1)
     return ExpertSpec(
         entry.name,
         source=entry.source,

@@ -44,10 +44,6 @@ _OWN_KEYS = (
 # What there is in mergekit, or will be here, and what to say of it. A value that changes nothing is accepted.
 NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "architecture": ((None,), "a native checkpoint of that architecture cannot be written yet"),
-    "mixing": (
-        (None, "linear"),
-        "experts are mixed at each linear layer ('linear'), not yet per block",
-    ),
 }
 # Fields of the config that injection fills, or that this file says in another way.
 _INTERNAL = {

@@ -65,6 +65,26 @@ def logits(model, text: str = "7 + 5 =") -> torch.Tensor:
         return model(input_ids=torch.tensor([tokenizer()(text)["input_ids"]])).logits
 
 
+def test_a_dense_expert_in_networks_mixed_at_their_output(place, tmp_path):
+    """ "code" keeps all that it changed; one-hot gates are the full model."""
+    entries = [{"source_model": "sums"}, {"source_model": "code", "keep": "dense"}]
+    values = {"base_model": "base", "router": "linear", "mixing": "block", "top_k": 2, "null_expert": True}
+    path = write(place, {**values, "experts": entries}, "dense.yaml")
+    code, said = run("inspect", path)
+    assert code == 0, said
+    assert "dense, all of each layer" in said
+    code, said = run("mix", path, "--out", tmp_path / "mix")
+    assert code == 0, said
+    model = PeftModel.from_pretrained(load_base(str(place / "base")), str(tmp_path / "mix")).eval()
+    assert model.peft_config["default"].mixing == "block"
+    for gates, single in (([[0.0, 1.0]], "code"), ([[0.0, 0.0]], "base")):
+        with peft_moe.routing_inputs(gates=torch.tensor(gates)):
+            # Base and change are added in another order than in the model's weights.
+            torch.testing.assert_close(
+                logits(model), logits(load_base(str(place / single))), atol=2e-5, rtol=2e-5
+            )
+
+
 def test_the_whole_path(place, tmp_path):
     path = write(place, MERGEKIT)
     code, said = run("inspect", path)

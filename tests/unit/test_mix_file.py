@@ -138,8 +138,7 @@ DESCRIBED = [
         ({"experts": [{"source_model": "one", "negative_prompts": ["x"]}]}, r"has negative_prompts only"),
         ({"experts": [{"source_model": "one", "noise_scale": 0.1}]}, r"noise_scale: 0.1 is not"),
         ({"experts": [{"source_model": "one", "residual_scale": 0.1}]}, r"residual_scale: 0.1 is not"),
-        ({"experts": [{"source_model": "one", "keep": "dense"}]}, r"keep: 'dense' is not .* dense"),
-        ({"mixing": "block"}, r"mixing: 'block' is not possible: .* not yet per block"),
+        ({"experts": [{"source_model": "one", "keep": "danse"}]}, r"'danse' is not known. Did you mean"),
         ({"architecture": "qwen"}, r"architecture: 'qwen' is not possible: a native checkpoint"),
         ({"gate_mode": "hiden", "experts": DESCRIBED}, r"'hiden' is not known. Did you mean 'hidden'"),
         ({"gate_mode": "hidden"}, r"positive_prompts are missing for \['a', 'b'\]"),
@@ -185,6 +184,13 @@ def test_what_injection_fills_is_no_key(key, tmp_path):
 def test_values_that_change_nothing_are_accepted(tmp_path):
     experts = [{"source_model": "one", "noise_scale": 0.0, "residual_scale": None, "keep": "low_rank"}]
     assert read({"experts": experts, "mixing": "linear", "architecture": None}, tmp_path).experts
+
+
+def test_dense_experts_and_ranks_are_one_choice(tmp_path):
+    experts = [{"source_model": "one", "keep": "dense"}, {"source_model": "two", "extract": {"rank": 2}}]
+    found = read({"experts": experts, "extract": {"max_rank": 8}, "mixing": "block"}, tmp_path)
+    assert [entry.extract for entry in found.experts] == [{"dense": True}, {"max_rank": 8, "rank": 2}]
+    assert found.fields["mixing"] == "block"
 
 
 def test_paths_start_from_the_file(tmp_path, monkeypatch):
