@@ -83,18 +83,14 @@ def extract_adapter(
         raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(dtype, ('auto', *DTYPES))}")
     plan = plan_extraction(Checkpoint.open(base), Checkpoint.open(model), target_modules)
     place = check_new_folder(out, (plan.base.folder, plan.model.folder), overwrite=overwrite)
-    name = dtype
-    if dtype == "auto":
-        name = "float32" if dense else _OF_FILE.get(plan.model.dtype, "float32")
+    usual = "float32" if dense else _OF_FILE.get(plan.model.dtype, "float32")
+    name = usual if dtype == "auto" else dtype
     calibration = None
     if texts:
         from peft_moe.experts.extract_quality import Calibration
 
         calibration = Calibration.read(plan, texts, device)
-    described = {"name": rule.name, "rank": rank, "energy": energy, "max_rank": max_rank}
-    if dense:
-        described = {"name": rule.name}
-    report = ExtractionReport(plan.base.location, plan.model.location, "", described, name)
+    report = ExtractionReport(plan.base.location, plan.model.location, "", rule.described, name)
     inputs = calibration.inputs if calibration else {}
     factors = _read_all(plan, rule, DTYPES[name], report, inputs, device, progress)
     _check_worth(report, plan)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,12 @@ class RankRule:
         if self.rank is not None:
             return "fixed"
         return "Gavish-Donoho" if self.energy is None else "energy"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For reports: its name and the numbers that it goes by."""
+        numbers = {"rank": self.rank, "energy": self.energy, "max_rank": self.max_rank}
+        return {"name": self.name, **({} if self.dense else numbers)}
 
 
 @dataclass
