@@ -62,9 +62,7 @@ def extract_adapter(
         energy: instead, the fewest ranks that keep this share of each layer's ‖ΔW‖², at most ``max_rank``.
         max_rank: by default a layer keeps the singular values above its noise (Gavish and Donoho), at most
             so many.
-        dense: instead, all of ΔW: one factor holds it and the other is an identity, so that it is an adapter
-            of full rank for PEFT and for mixtures alike. ``dtype`` is then float32 by default, in which the
-            difference of two models of 16 bits is exact.
+        dense: instead, all of ΔW: one factor holds it, the other is an identity; "auto" is then float32.
         target_modules: linear layers to take, as PEFT matches names; None: all but the head.
         dtype: of the factors: "float32", "bfloat16", "float16", or "auto", the model's own.
         texts: calibration text: the report then has each layer's output error and the KL divergence of the
@@ -79,12 +77,10 @@ def extract_adapter(
     """
     started = time.perf_counter()
     rule = RankRule(rank, energy, max_rank, dense)
-    if dtype not in ("auto", *DTYPES):
-        raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(dtype, ('auto', *DTYPES))}")
+    _check_dtype(dtype)
     plan = plan_extraction(Checkpoint.open(base), Checkpoint.open(model), target_modules)
     place = check_new_folder(out, (plan.base.folder, plan.model.folder), overwrite=overwrite)
-    usual = "float32" if dense else _OF_FILE.get(plan.model.dtype, "float32")
-    name = usual if dtype == "auto" else dtype
+    name = _dtype_of(dtype, plan, dense)
     calibration = None
     if texts:
         from peft_moe.experts.extract_quality import Calibration
@@ -101,6 +97,18 @@ def extract_adapter(
         write_json(folder / REPORT_FILE, report.to_dict())
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", *DTYPES):
+        raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(dtype, ('auto', *DTYPES))}")
+
+
+def _dtype_of(dtype: str, plan: ExtractionPlan, dense: bool) -> str:
+    if dtype != "auto":
+        return dtype
+    # In float32 the difference of two models of 16 bits is exact.
+    return "float32" if dense else _OF_FILE.get(plan.model.dtype, "float32")
 
 
 def _read_all(
