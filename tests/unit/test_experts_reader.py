@@ -411,7 +411,7 @@ def test_same_file_twice_warns(tmp_path):
         open_experts({"math": tmp_path, "code": tmp_path}, llama())
 
 
-def test_hub_ids_fetch_two_files_at_the_revision(tmp_path, monkeypatch):
+def test_hub_ids_fetch_three_files_at_the_revision(tmp_path, monkeypatch):
     model = train(llama(), tmp_path, target_modules=QV)
     asked = []
 
@@ -423,7 +423,7 @@ def test_hub_ids_fetch_two_files_at_the_revision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (file,) = open_experts({"math": "org/math-lora@refs/pr/1"}, llama())
     assert_reads_like(file, model)
-    names = ("adapter_config.json", "adapter_model.safetensors")
+    names = ("adapter_config.json", "adapter_model.safetensors", "README.md")  # the card names the licence
     assert asked == [("org/math-lora", name, "refs/pr/1") for name in names]
     assert (file.spec.source, file.spec.revision) == ("org/math-lora", "refs/pr/1")
 
