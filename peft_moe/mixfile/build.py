@@ -182,10 +182,6 @@ def _fit(
 def _write(model: PeftModel, file: MixFile, place: Path) -> None:
     with new_folder(place) as folder:
         model.save_pretrained(str(folder))
-        card = (
-            folder / "README.md"
-        )  # PEFT's, whose base is a path here and whose text says nothing of a mixture
-        card.unlink(missing_ok=True)
         shutil.copyfile(file.path, folder / FILE_COPY)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

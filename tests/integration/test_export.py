@@ -374,6 +374,22 @@ def test_dynamic_gates_are_refused_with_the_ways_that_work(zoo: Zoo, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mixture"]
 
 
+def test_mixed_networks_are_no_lora_but_one_of_them_is(zoo: Zoo, tmp_path: Path) -> None:
+    batch = batch_for("llama", texts())
+    model = zoo.mixture("llama", "uniform", mixing="block")
+    for gates in (None, {"wide": 0.5, "upper": 0.5}, {"wide": 2.0}):
+        with pytest.raises(PeftMoeError, match=r"mixing='block'.*one expert at weight 1 \(--gates wide\)"):
+            export(model, tmp_path / "out", "lora", gates=gates)
+    assert list(tmp_path.iterdir()) == []
+    with model.use_gates({"wide": 1.0}):
+        mixed = logits_of(model, batch)
+    export(model, tmp_path / "lora", gates={"wide": 1.0})
+    torch.testing.assert_close(logits_of(plain(zoo, "llama", tmp_path / "lora"), batch), mixed, **FP32)
+    export(saved(model, tmp_path / "mixture"), tmp_path / "experts", to="adapters")
+    for expert, source in zoo.experts("llama").items():
+        same_adapter(Path(source), tmp_path / "experts" / expert)
+
+
 def test_quantised_bases_are_refused(zoo: Zoo, four_bit: Any, tmp_path: Path) -> None:
     model = zoo.mixture("llama", "uniform", base=four_bit())
     with pytest.raises(PeftMoeError, match=r"quantised.*16 or 32 bits"):

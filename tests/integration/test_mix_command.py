@@ -126,7 +126,7 @@ def test_the_same_file_gives_the_same_bytes(place, tmp_path):
     assert set(first.extracted) == {"code"}
     assert second.extracted == {}  # kept beside the file, used again
     files = sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert files == ["adapter_config.json", "adapter_model.safetensors", "mix.yaml"]
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "mix.yaml"]
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     other = build_mixture(
