@@ -264,6 +264,7 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 _TEXT = "text, or left out"
+_FLOATS = ("float32", "bfloat16", "float16")
 _TARGETS = ("a list of module names or a regex, or left out", _optional(_is_regex, _many(_is_word)))
 # Of one expert in a saved mixture; its fields are those of ``ExpertSpec``.
 _VALID_IN_RECORDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -271,7 +272,11 @@ _VALID_IN_RECORDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "1 to 64 of the characters [A-Za-z0-9_-]",
         lambda v: isinstance(v, str) and bool(NAME_RULE.fullmatch(v)),
     ),
-    **dict.fromkeys(("source", "revision", "sha256", "digest", "base_model"), (_TEXT, _optional(_is_word))),
+    **dict.fromkeys(
+        ("source", "revision", "sha256", "digest", "base_model", "license"), (_TEXT, _optional(_is_word))
+    ),
+    "dtype": ("'float32', 'bfloat16' or 'float16', or left out", lambda v: v in (None, *_FLOATS)),
+    "fan_in_fan_out": _VALID["use_rslora"],
     "r": _VALID["r"],
     "lora_alpha": _VALID["lora_alpha"],
     "use_rslora": _VALID["use_rslora"],

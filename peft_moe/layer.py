@@ -148,7 +148,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         if adapter in self.members:
             return mix_in_block(self, adapter, x, result)
         rows = rows_of(adapter, x, self.name)
-        router: Any = dict(self.molora_router).get(adapter)
+        router: Any = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
         routing = self.deciders[adapter].decide(adapter, self.name, x, router)
         if rows is None:
             return self._apply_experts(adapter, routing, x, result)

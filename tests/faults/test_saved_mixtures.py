@@ -144,6 +144,8 @@ WRONG: dict[str, list[Any]] = {
     "sha256": [1],
     "digest": [True],
     "base_model": [{}],
+    "license": [7],
+    "dtype": [16, "float31", "int8"],
     "r": [0, -1, "8", 2.5, None, True],
     "lora_alpha": [0, -4, "16", None, float("nan"), float("inf")],
     "use_rslora": ["yes", 1],
@@ -153,6 +155,7 @@ WRONG: dict[str, list[Any]] = {
     "exclude_modules": [3, "*"],
     "layers_to_transform": [-1, "1", [0.5]],
     "layers_pattern": [3, [3]],
+    "fan_in_fan_out": ["yes", 1],
     "trains": [1, "no"],
 }
 RECORD_ROWS = [
