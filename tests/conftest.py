@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.zoo import Zoo
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from peft_moe.four_bit import keep_unpacked
 from peft_moe.routers.registry import _SCORERS
@@ -31,6 +32,15 @@ def registry() -> Iterator[dict[str, type]]:
     yield _SCORERS
     _SCORERS.clear()
     _SCORERS.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _bars_as_before() -> Iterator[None]:
+    """Commands that silence transformers' bars and words do so for their own test alone."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    yield
+    (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+    transformers_logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="session")

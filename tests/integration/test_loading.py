@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 BENCH = Path(__file__).parents[2]
 MIB = 2**20
@@ -35,6 +36,7 @@ def test_peak_is_the_mixture_and_one_adapter():
 
 def test_a_progress_bar_counts_layers_where_reading_takes_a_while(monkeypatch, zoo, capsys):
     monkeypatch.setattr("peft_moe.experts.plan.PATIENCE", 0.0)
+    transformers_logging.enable_progress_bar()  # a fixture of another test may have silenced it
     zoo.mixture("llama")
     told = capsys.readouterr().err
     assert "Reading 3 experts: 100%" in told
