@@ -17,9 +17,8 @@ held-out loss of every domain before and after every stage, and what was forgott
 
 import copy
 import json
-import os
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -33,8 +32,8 @@ from peft_moe.evaluation.forgetting import ForgettingReport
 from peft_moe.evaluation.score import score_texts
 from peft_moe.fitting import fit_router
 from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser
-from peft_moe.training.data import load_text_dataset
 from peft_moe.training.modular import set_stage, write_fresh_experts
+from peft_moe.training.recipe_arguments import check_mixture_fields, recipe_data
 
 
 @dataclass
@@ -55,20 +54,10 @@ class ModularArguments:
 
 def load_data(args: ModularArguments, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
     """Training records with a column `domain`, and held-out records of each domain."""
-    files = {domain: os.path.expandvars(name) for domain, name in args.train_files.items()}
-    data = load_text_dataset(files).shuffle(seed=seed)
-    if "prompt" not in data.column_names or not isinstance(data[0]["prompt"], str):
+    train, heldout = recipe_data(args.train_files, args.samples_per_domain, args.eval_fraction, seed)
+    if "prompt" not in train.column_names or not isinstance(train[0]["prompt"], str):
         raise PeftMoeError("this recipe reads prompt + completion as plain text; convert the files")
-    data = data.select_columns(["prompt", "completion", "domain"])
-    domains, train, heldout = data["domain"], [], {}
-    for domain, file in files.items():
-        rows = [row for row, name in enumerate(domains) if name == domain][: args.samples_per_domain]
-        count = max(1, int(len(rows) * args.eval_fraction))
-        if len(rows) <= count:
-            raise PeftMoeError(f"{file}: {len(rows)} records leave none to train on; lower eval_fraction")
-        heldout[domain] = data.select(rows[:count])
-        train += rows[count:]
-    return data.select(train), heldout
+    return train, heldout
 
 
 def stages_of(args: ModularArguments) -> list[list[str]]:
@@ -88,10 +77,7 @@ if __name__ == "__main__":
     if args.resume_from_checkpoint:
         raise PeftMoeError("resume_from_checkpoint: this recipe does not resume; leave it out")
     stages = stages_of(modular)
-    known = {f.name for f in fields(MoLoraConfig) if f.init} - {"experts", "task_type", "peft_type"}
-    for key in modular.mixture:
-        if key not in known:
-            raise PeftMoeError(f"mixture: {key!r} is no field of MoLoraConfig.{near_matches(key, known)}")
+    check_mixture_fields(modular.mixture)
     if modular.teacher and not modular.mixture.get("distillation_coef"):
         raise PeftMoeError(f"teacher={modular.teacher!r} has no effect; set mixture: distillation_coef")
     train, heldout = load_data(modular, args.seed)

@@ -28,7 +28,7 @@ from transformers.utils.logging import enable_progress_bar
 from peft_moe import MoLoraConfig
 
 from .experts import Case, make_base
-from .machine import REPO
+from .machine import REPO, in_fresh_process
 from .memory import reset_peak, status
 from .results import Row
 
@@ -40,16 +40,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """One row."""
     sizes = {**SIZES, "width": 256, "inner": 512, "layers": 2, "experts": 4} if quick else SIZES
     words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.suite.loading", *words],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"loading: {done.stderr[-2000:]}")
-    found = {**json.loads(done.stdout.splitlines()[-1]), **_beginnings()}
+    found = {**in_fresh_process("benchmarks.suite.loading", words), **_beginnings()}
     yield Row("loading", "read", Case(experts=sizes["experts"], rank=sizes["rank"]), "ours", extra=found)
     say("loading")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +64,20 @@ def versions() -> dict[str, str]:
         **found,
         "commit": (_git("rev-parse", "--short", "HEAD") or "?") + (" + changes" if changed else ""),
     }
+
+
+def in_fresh_process(module: str, words: list[str]) -> dict[str, Any]:
+    """What ``python -m module words`` prints as JSON on its last line; nothing of this process is in its way.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", module, *words]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(words)}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _git(*words: str) -> str:

@@ -14,8 +14,6 @@ import ctypes
 import gc
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 from .contestants import build
 from .experts import TINY_LLAMA, Case
-from .machine import REPO
+from .machine import in_fresh_process
 from .models import FULL, training_step
 from .parity import check
 from .results import Row
@@ -56,16 +54,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
             str(case.rank),
             *(["--tiny"] if quick else []),
         ]
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.suite.memory", *words],
-            cwd=REPO,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"memory of {name}: {done.stderr[-2000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = in_fresh_process("benchmarks.suite.memory", words)
         if "missing" in found:
             say(f"{name} is left out: {found['missing']}")
             continue

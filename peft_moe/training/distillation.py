@@ -178,3 +178,20 @@ def _resting(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def per_scored_token(total: Tensor, tokens: int, num_items: Any, trainer: Any) -> Tensor:
+    """A loss that was summed over tokens, divided as the trainer divides the language model's.
+
+    Args:
+        total: the sum over this batch.
+        tokens: how many were added up.
+        num_items: scored tokens of the whole step; None divides by those of this batch.
+        trainer: tells whether the step's tokens are those of all processes.
+    """
+    if num_items is None:
+        return total / max(1, tokens)
+    loss = total / num_items
+    if getattr(trainer.args, "average_tokens_across_devices", False):
+        loss = loss * trainer.accelerator.num_processes
+    return loss

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from ..call import IGNORE
 from ..losses import distillation_kl
 from ..routing import RoutingRecord, record_routing, routing_inputs
+from .distillation import per_scored_token
 
 
 class ImitationTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
@@ -45,12 +46,7 @@ class ImitationTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         lesson_NV = teach(self.teacher, inputs)
         outputs = model(**call_of(inputs))
         loss = distillation_kl(lesson_NV, scored(outputs.logits, inputs["labels"]), self.temperature)
-        if num_items_in_batch is not None:
-            loss = loss / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
-        else:
-            loss = loss / max(1, len(lesson_NV))
+        loss = per_scored_token(loss, len(lesson_NV), num_items_in_batch, self)
         return (loss, outputs) if return_outputs else loss
 
 

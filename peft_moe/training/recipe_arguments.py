@@ -28,15 +28,24 @@ def recipe_mixture(experts: Mapping[str, str], mixture: Mapping[str, Any], model
     Raises:
         PeftMoeError: an unknown field, or one of a LoRA that would be trained.
     """
-    known = {f.name for f in fields(MoLoraConfig) if f.init} - {"experts", "task_type", "peft_type"}
-    for key in mixture:
-        if key not in known:
-            raise PeftMoeError(f"mixture: {key!r} is no field of MoLoraConfig.{near_matches(key, known)}")
+    check_mixture_fields(mixture)
     for key, value in vars(ModelConfig()).items():
         if key.startswith("lora_") and getattr(model_args, key) != value:
             raise PeftMoeError(f"{key} has no effect: the experts are trained already. Leave it out.")
     paths = {name: os.path.expandvars(path) for name, path in experts.items()}
     return MoLoraConfig(experts=paths, task_type="CAUSAL_LM", **mixture)
+
+
+def check_mixture_fields(mixture: Mapping[str, Any]) -> None:
+    """Refuse keys of a recipe's ``mixture`` that are no fields of ``MoLoraConfig``.
+
+    Raises:
+        PeftMoeError: an unknown one, with near matches.
+    """
+    known = {f.name for f in fields(MoLoraConfig) if f.init} - {"experts", "task_type", "peft_type"}
+    for key in mixture:
+        if key not in known:
+            raise PeftMoeError(f"mixture: {key!r} is no field of MoLoraConfig.{near_matches(key, known)}")
 
 
 def recipe_data(

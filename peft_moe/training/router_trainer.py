@@ -21,7 +21,7 @@ from ..routing import RoutingRecord, record_routing, routing_inputs
 from ..sharing import named_routers
 from .balanced import balanced_sampler
 from .checkpoints import checked_resume, seal, unseal
-from .distillation import Distiller
+from .distillation import Distiller, per_scored_token
 from .domains import DOMAIN_INDEX, OURS, DomainCollator, check_domains, per_row_domains, refuse_unlabelled
 from .guards import (
     check_checkpointing,
@@ -216,12 +216,10 @@ class RouterTrainerMixin:
         training = self.model.training
         share = self._accumulation_share(num_items) if training else 1
         total = self._distiller.loss(lesson, labels)
-        if training and num_items is not None:
-            loss = total / num_items
-            if getattr(self.args, "average_tokens_across_devices", False):
-                loss = loss * self.accelerator.num_processes
-        else:
-            loss = total / max(1, len(lesson)) / share
+        by_step = training and num_items is not None
+        loss = per_scored_token(total, len(lesson), num_items if by_step else None, self)
+        if not by_step:
+            loss = loss / share
         loss = loss.to(language.device)
         # What the step adds up of micro-batches; the log takes their mean instead.
         log = self._routing_log["train" if training else "eval"]
