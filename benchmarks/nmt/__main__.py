@@ -22,7 +22,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
@@ -64,9 +63,11 @@ class Run:
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(settings | same | changes, sort_keys=False), encoding="utf-8")
         script = str(RECIPES / f"{name}.py")
-        # In this process: a new one imports torch and trl for ten seconds.
-        with mock.patch.object(sys, "argv", [script, "--config", str(path)]):
+        before, sys.argv = sys.argv, [script, "--config", str(path)]
+        try:  # in this process: a new one imports torch and trl for ten seconds
             runpy.run_path(script, run_name="__main__")
+        finally:
+            sys.argv = before
         gc.collect()
         return folder
 
@@ -78,10 +79,10 @@ class Run:
     def fresh_base(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
 
-    def common(self, steps: int, seed: int) -> dict[str, Any]:
+    def common(self, steps: float, seed: int) -> dict[str, Any]:
         return {
             "model_name_or_path": str(self.base),
-            "max_steps": max(1, int(steps)),
+            "max_steps": max(1, round(steps)),
             "per_device_train_batch_size": self.plan.batch,
             "learning_rate": self.plan.learning_rate,
             "max_length": self.plan.max_chars + 40,  # a token has a character at least: nothing is cut
@@ -106,7 +107,8 @@ class Run:
         changes = {
             "experts": experts,
             "train_files": {name: str(self.data / f"{name}.jsonl") for name in names},
-            "samples_per_domain": 1_000_000,
+            # Few are enough for a router that is solved first.
+            "samples_per_domain": 300 if one.kind == "routed" else 1_000_000,
             "eval_fraction": 0.01,
             "generic_share": self.plan.generic if one.generic else None,
             "domain_randomisation": self.plan.randomised if one.randomised else 0.0,
