@@ -129,14 +129,14 @@ class Run:
             rank = plan.rank * (plan.top_k if one.active else plan.experts)
             self.lora(folder, file, rank, plan.steps, seed)
         elif one.kind == "joint":
-            shape = LoraConfig(
-                r=plan.rank, lora_alpha=2 * plan.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
+            names = SEEN if one.labels else [f"expert{number}" for number in range(plan.experts)]
+            rank = plan.experts * plan.rank // len(names)
+            shape = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+            fresh = write_fresh_experts(
+                self.fresh_base(), dict.fromkeys(names), shape, folder / "fresh", 100 * seed
             )
-            # Labels name the columns of the first experts, which so become their tasks' own.
-            experts = dict.fromkeys([*SEEN, *(f"more{i}" for i in range(plan.experts - len(SEEN)))])
-            fresh = write_fresh_experts(self.fresh_base(), experts, shape, folder / "fresh", 100 * seed)
             sparse = {"router": "mixtral", "top_k": plan.top_k, "router_aux_loss_coef": 0.01}
-            fields = {"router": "poly"} if one.labels else sparse
+            fields = {"router": "oracle"} if one.labels else sparse
             self.mixture(folder, fresh, fields | {"train_experts": True}, plan.steps, one, seed)
         else:
             experts = self.experts_of_domains(seed)

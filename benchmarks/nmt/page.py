@@ -137,10 +137,11 @@ measures speed with more care.
 {_joined(about)}
 
 E = {plan["experts"]}, r = {plan["rank"]}, k = {plan["top_k"]}: {total} ranks in every system but `active`,
-which has {active}. Every system has {plan["steps"]} steps of {plan["batch"]} pairs in all; `experts` has
-80 % of them for its two LoRAs, to which `routed` adds 20 % for the router. Generic pairs, where it says
-so: {plan["generic"]:.0%} of all, by `generic_share`; wrong labels: {plan["randomised"]:.0%}, by
-`domain_randomisation`.
+which has {active}; with an expert per domain each has half of them. Every system has {plan["steps"]} steps
+of {plan["batch"]} pairs in all; `experts` has 80 % of them for its two LoRAs, to which `routed` adds 20 %
+for the router. Generic pairs, where it says so: {plan["generic"]:.0%} of all, by `generic_share`; wrong
+labels: {plan["randomised"]:.0%}, by `domain_randomisation`. Told nothing, names in the prompt say "any",
+as before generic pairs, and gates that read labels mix both experts by half.
 
 ## Loss per target token
 

@@ -89,7 +89,7 @@ SYSTEMS = {
     ),
     "gates": System(
         "joint",
-        "E fresh experts, gated by the label alone (`poly`), generic pairs",
+        "a fresh LoRA per domain, the label its gate (`oracle`), generic pairs",
         generic=True,
         labels=True,
     ),
@@ -97,11 +97,11 @@ SYSTEMS = {
         "joint", "`gates`, some labels wrong in training", generic=True, labels=True, randomised=True
     ),
     "experts": System(
-        "experts", "a LoRA for each domain, trained by itself; the label chooses (`oracle`)", labels=True
+        "experts", "the same gates over LoRAs that were trained one by one, no generic pairs", labels=True
     ),
     "routed": System(
         "routed",
-        "the same LoRAs behind a trained router (`running`: one or none), generic pairs",
+        "the LoRAs of `experts` behind a trained router (`running`: one or none), generic pairs",
         generic=True,
     ),
 }
