@@ -173,8 +173,9 @@ class Run:
                     {**row, "prompt": prompt(row["src"], tagged=tagged, label=label)}
                     for row, label in zip(rows, labels, strict=True)
                 ]
+                new_tokens = self.plan.new_tokens if one.translates(domain, condition) else 0
                 found[f"{domain}/{condition}"] = score(
-                    model.eval(), self.tokenizer, told, columns, self.plan.new_tokens
+                    model.eval(), self.tokenizer, told, columns, new_tokens
                 )
         return found
 

@@ -38,8 +38,11 @@ def summary(out: Path) -> dict[str, Any]:
             "rows": {
                 key: {
                     "loss": [round(sum(row["nll"]) / sum(row["tokens"]), 4) for row in some],
-                    "chrf": [round(row["chrf"], 2) for row in some],
-                    "bleu": [round(row["bleu"], 2) for row in some],
+                    **{
+                        part: [round(row[part], 2) for row in some]
+                        for part in ("chrf", "bleu")
+                        if part in some[0]
+                    },
                 }
                 for key, some in rows.items()
             },
@@ -71,7 +74,7 @@ def grid(systems: Mapping[str, Any], parts: Mapping[str, int]) -> list[str]:
     for name, one in systems.items():
         cells = [
             " / ".join(spread(one["rows"][column][part], digits) for part, digits in parts.items())
-            if column in one["rows"]
+            if parts.keys() <= one["rows"].get(column, {}).keys()
             else ""
             for column in COLUMNS
         ]

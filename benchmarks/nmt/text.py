@@ -165,7 +165,7 @@ def translate(
 def score(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], columns: torch.Tensor | None, new_tokens: int
 ) -> dict[str, Any]:
-    """Losses of every sentence, BLEU and chrF of all, and the CPU seconds of both.
+    """Losses of every sentence, and unless `new_tokens` is 0 BLEU and chrF of all; CPU seconds of both.
 
     The rows hold `prompt`, `completion` and `tgt`.
     """
@@ -174,15 +174,16 @@ def score(
     start, prompts = time.process_time(), [row["prompt"] for row in rows]
     nll, tokens = losses(model, tokenizer, prompts, [row["completion"] for row in rows], columns)
     middle = time.process_time()
+    found = {"nll": [round(value, 4) for value in nll], "tokens": tokens}
+    found["scoring_s"] = round(middle - start, 3)
+    if new_tokens == 0:
+        return found
     written = translate(model, tokenizer, prompts, columns, new_tokens)
     end = time.process_time()
     references = [[row["tgt"] for row in rows]]
-    return {
-        "nll": [round(value, 4) for value in nll],
-        "tokens": tokens,
+    return found | {
         "bleu": sacrebleu.corpus_bleu(written, references).score,
         "chrf": sacrebleu.corpus_chrf(written, references).score,
-        "scoring_s": round(middle - start, 3),
         "translating_s": round(end - middle, 3),
         "first": written[:3],
     }
