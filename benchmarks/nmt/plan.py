@@ -24,7 +24,7 @@ class Plan:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 130
+    steps: int = 100
     batch: int = 8
     learning_rate: float = 2.0e-3
     experts: int = 4
@@ -33,8 +33,8 @@ class Plan:
     generic: float = 0.5
     randomised: float = 0.5
     max_chars: int = 360
-    tests: int = 75
-    new_tokens: int = 56
+    tests: int = 70
+    new_tokens: int = 48
     bf16: bool = True
     base: dict[str, Any] = field(default_factory=lambda: {"max_steps": 700})
 
