@@ -12,7 +12,7 @@ from typing import Any
 
 from peft_moe.evaluation.bakeoff.records import write_json
 
-from .claims import FAILED, HELD, MARGIN, OPEN, judged, read_cells, seeds_of
+from .claims import CLAIM, FAILED, HELD, MARGIN, OPEN, judged, read_cells, seeds_of
 from .plan import SYSTEMS
 from .text import NONE, RIGHT, SEEN, UNSEEN, WRONG
 
@@ -102,8 +102,24 @@ def claims_table(claims: list[dict[str, Any]]) -> list[str]:
             sides = sides.replace(" − ", " against ")
             figures = f"{one['value']:+.0%} [{one['low']:+.0%}, {one['high']:+.0%}] of the time"
         chrf = "" if one["chrf"] is None else f"{one['chrf']:+.1f}"
-        cells = [one["text"], sides, ", ".join(one["domains"]), figures, f"{one['margin']:g}", chrf]
+        text = one["text"] if one["role"] == CLAIM else f"{one['role']}: {one['text']}"
+        cells = [text, sides, ", ".join(one["domains"]), figures, f"{one['margin']:g}", chrf]
         lines.append("| " + " | ".join(cells) + f" | **{one['verdict']}** |")
+    return lines
+
+
+def plainly(claims: list[dict[str, Any]]) -> list[str]:
+    """One line per claim of the paper: whether all that it says held, or which part."""
+    lines = []
+    for group in dict.fromkeys(one["group"] for one in claims):
+        own = [one for one in claims if one["group"] == group and one["role"] == CLAIM]
+        said = {word: [one["text"] for one in own if one["verdict"] == word] for word in (HELD, FAILED, OPEN)}
+        parts = [(word, texts) for word, texts in said.items() if texts]
+        if len(parts) == 1:
+            lines.append(f"- **{group}: {parts[0][0]}.**")
+        else:
+            listed = "; ".join(f"{word}: {', '.join(texts)}" for word, texts in parts)
+            lines.append(f"- **{group}: in part.** {listed[0].upper()}{listed[1:]}.")
     return lines
 
 
@@ -121,7 +137,9 @@ def page(results: dict[str, Any]) -> str:
 descriptions of shell commands (shell, the unseen domain). Chirkova et al. trained large translation models
 on much more text; this asks whether what they found shows here as well.
 
-Of the lines below: {counts}.
+{_joined(plainly(results["claims"]))}
+
+Of the {len(verdicts)} lines below, {counts}.
 
 {_joined(claims_table(results["claims"]))}
 

@@ -10,8 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.nmt.claims import CLAIMS, FAILED, HELD, OPEN, Claim, difference, speed_difference, verdict
-from benchmarks.nmt.page import spread
+from benchmarks.nmt.claims import (
+    BEYOND,
+    CHECK,
+    CLAIM,
+    CLAIMS,
+    FAILED,
+    HELD,
+    OPEN,
+    Claim,
+    difference,
+    speed_difference,
+    verdict,
+)
+from benchmarks.nmt.page import plainly, spread
 from benchmarks.nmt.plan import SYSTEMS
 from benchmarks.nmt.text import (
     GENERIC,
@@ -170,3 +182,14 @@ def test_claims_are_about_what_is_scored() -> None:
 def test_spread_needs_two_seeds() -> None:
     assert spread([1.0], 2) == "1.00"
     assert spread([1.0, 2.0], 1) == "1.5 ±0.7"
+
+
+def test_a_claim_is_summed_up_from_the_papers_own_lines() -> None:
+    def line(group: str, text: str, said: str, role: str = CLAIM) -> dict[str, Any]:
+        return {"group": group, "text": text, "verdict": said, "role": role}
+
+    lines = [
+        line("Width", "a", HELD), line("Width", "b", HELD), line("Width", "c", FAILED, BEYOND),
+        line("Labels", "d", HELD), line("Labels", "e", OPEN), line("Labels", "f", HELD, CHECK),
+    ]  # fmt: skip
+    assert plainly(lines) == ["- **Width: held.**", f"- **Labels: in part.** Held: d; {OPEN}: e."]
