@@ -129,7 +129,9 @@ class Run:
             rank = plan.rank * (plan.top_k if one.active else plan.experts)
             self.lora(folder, file, rank, plan.steps, seed)
         elif one.kind == "joint":
-            names = SEEN if one.labels else [f"expert{number}" for number in range(plan.experts)]
+            # Names of domains also where nothing reads labels: what no expert is named after counts as generic.
+            others = 0 if one.labels else plan.experts - len(SEEN)
+            names = [*SEEN, *(f"expert{number}" for number in range(others))]
             rank = plan.experts * plan.rank // len(names)
             shape = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
             fresh = write_fresh_experts(

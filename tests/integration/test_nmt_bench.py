@@ -16,7 +16,7 @@ from peft_moe import PeftMoeError
 pytest.importorskip("sacrebleu", reason="needs sacrebleu: pip install peft-moe[bench]")
 
 WORDS = {"stop": "arrête", "the": "le", "file": "fichier", "law": "loi", "read": "lis", "new": "nouveau"}
-QUICK = ("smoe", "tags+random", "gates+random", "routed")  # one of each kind that trains
+QUICK = ("smoe+generic", "tags+random", "gates+random", "routed")  # one of each kind that trains
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_quick_run_goes_on_where_it_stopped(
     files = {path.stem: path for path in (out / "scores").glob("*.json")}
     assert set(files) == {f"{name}-0" for name in ("base", *QUICK)}
     told = {name: set(json.loads(path.read_text())["scores"]) for name, path in files.items()}
-    assert told["smoe-0"] == {"it/none", "law/none", "shell/none"}
-    assert told["gates+random-0"] == told["tags+random-0"] == told["smoe-0"] | {
+    assert told["smoe+generic-0"] == {"it/none", "law/none", "shell/none"}
+    assert told["gates+random-0"] == told["tags+random-0"] == told["smoe+generic-0"] | {
         "it/right", "it/wrong", "law/right", "law/wrong", "shell/wrong",
     }  # fmt: skip
     for path in files.values():
@@ -62,12 +62,12 @@ def test_quick_run_goes_on_where_it_stopped(
         assert "chrf" not in scores["it/none"]  # which no claim asks for
 
     # A finished system is left as it is; an unfinished one is trained on nothing new if its parts are there.
-    stamp = files["smoe-0"].stat().st_mtime_ns
+    stamp = files["smoe+generic-0"].stat().st_mtime_ns
     files["routed-0"].unlink()
     capsys.readouterr()
-    main(["--quick", "--out", str(out), "--systems", "smoe", "routed"])
+    main(["--quick", "--out", str(out), "--systems", "smoe+generic", "routed"])
     assert files["routed-0"].exists()
-    assert files["smoe-0"].stat().st_mtime_ns == stamp
+    assert files["smoe+generic-0"].stat().st_mtime_ns == stamp
     assert "trainable params" not in capsys.readouterr().out
 
     kept = json.loads(json.dumps(summary(out)))
