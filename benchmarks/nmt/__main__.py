@@ -129,7 +129,7 @@ class Run:
             rank = plan.rank * (plan.top_k if one.active else plan.experts)
             self.lora(folder, file, rank, plan.steps, seed)
         elif one.kind == "joint":
-            # Names of domains also where nothing reads labels: what no expert is named after counts as generic.
+            # Named after domains also where nothing reads labels: other domains count as generic.
             others = 0 if one.labels else plan.experts - len(SEEN)
             names = [*SEEN, *(f"expert{number}" for number in range(others))]
             rank = plan.experts * plan.rank // len(names)
