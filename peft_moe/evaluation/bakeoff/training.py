@@ -52,11 +52,12 @@ def train(
     robust: Mapping[str, float],
     seed: int,
     out: Path,
+    **options: Any,
 ) -> list[float]:
     """Train what the model leaves trainable.
 
     Args:
-        model: a PeftModel.
+        model: a PeftModel; for "width" any model.
         kind: a key of `TRAINERS`.
         samples: with prompt, completion and domain.
         tokenizer: of the base.
@@ -64,6 +65,7 @@ def train(
         robust: options of ``training.robustness`` by name; of mixtures alone.
         seed: of the order of samples, and of what those options draw.
         out: folder for the trainer's own files.
+        options: further arguments of the trainer, such as a teacher.
 
     Returns:
         The training loss, about `LOGGED` values, each a mean since the one before.
@@ -85,7 +87,7 @@ def train(
         data = data.remove_columns("domain")
     if robust:
         data = _robust(data, model.peft_config[model.active_adapter], robust, seed)
-    trainer = TRAINERS[kind](model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer = TRAINERS[kind](model, args=args, train_dataset=data, processing_class=tokenizer, **options)
     trainer.train_dataset = robustness.with_switches(
         trainer.train_dataset, robust.get("switching_share", 0.0), seed, max_length
     )
