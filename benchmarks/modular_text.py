@@ -54,14 +54,14 @@ CLAIMED = 0.9995
 class Plan:
     """Sizes of a run; a step of joint training holds ``batch_size`` texts of each domain."""
 
-    steps: int = 50
+    steps: int = 32
     batch_size: int = 4
     max_length: int = 128
-    test_records: int = 28
+    test_records: int = 24
     router_records: int = 150
     classified: int = 100
     rank: int = 8
-    rate: float = 3.0e-3
+    rate: float = 4.0e-3
     bf16: bool = True
 
 

@@ -12,7 +12,7 @@ import pytest
 # How many cells a seed has with the base, and a name of each part of the page.
 RUNS = {
     "paper_mixing": (
-        38,
+        34,
         ["FFN on law/gate-less/4", "LoRA-FFN/trained/2", "## Claims", "Gate-less is the best"],
     ),
     "modular_text": (
