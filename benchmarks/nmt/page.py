@@ -12,7 +12,7 @@ from typing import Any
 
 from peft_moe.evaluation.bakeoff.records import write_json
 
-from .claims import CLAIM, FAILED, HELD, MARGIN, OPEN, judged, read_cells, seeds_of
+from .claims import CHECK, CLAIM, FAILED, HELD, MARGIN, OPEN, judged, read_cells, seeds_of
 from .plan import SYSTEMS
 from .text import NONE, RIGHT, SEEN, UNSEEN, WRONG
 
@@ -116,10 +116,15 @@ def plainly(claims: list[dict[str, Any]]) -> list[str]:
         said = {word: [one["text"] for one in own if one["verdict"] == word] for word in (HELD, FAILED, OPEN)}
         parts = [(word, texts) for word, texts in said.items() if texts]
         if len(parts) == 1:
-            lines.append(f"- **{group}: {parts[0][0]}.**")
+            said_here = f"- **{group}: {parts[0][0]}.**"
         else:
             listed = "; ".join(f"{word}: {', '.join(texts)}" for word, texts in parts)
-            lines.append(f"- **{group}: in part.** {listed[0].upper()}{listed[1:]}.")
+            said_here = f"- **{group}: in part.** {listed[0].upper()}{listed[1:]}."
+        checks = [one for one in claims if one["group"] == group and one["role"] == CHECK]
+        for one in checks:
+            if one["verdict"] != HELD:
+                said_here += f" But that {one['text']}: {one['verdict']}."
+        lines.append(said_here)
     return lines
 
 
@@ -148,8 +153,8 @@ claim held if the whole interval is below the bound, did not hold if the whole i
 not decidable here otherwise. {MARGIN:g} nats count as the same level. Intervals: paired bootstrap over
 sentences and seeds; each stands for itself, so that one of this many may be wrong by chance. chrF: the
 same difference in points, for which no interval was computed. Times are CPU seconds of one thread on a
-shared machine, with the least and the most of the seeds in place of an interval; `benchmarks.suite`
-measures speed with more care.
+shared machine, with the least and the most of the seeds in place of an interval, and below 10 % no faster
+is believed; `benchmarks.suite` measures speed with more care.
 
 ## What was compared
 

@@ -23,7 +23,7 @@ from benchmarks.nmt.claims import (
     speed_difference,
     verdict,
 )
-from benchmarks.nmt.page import plainly, spread
+from benchmarks.nmt.page import RESULTS, page, plainly, spread
 from benchmarks.nmt.plan import SYSTEMS
 from benchmarks.nmt.text import (
     GENERIC,
@@ -165,6 +165,13 @@ def test_differences_are_paired_and_per_token() -> None:
     assert verdict(difference(cells(0.1, noise=0.05), back), back.margin) == FAILED
     assert verdict(difference(cells(0.1, noise=5.0), claim)) == OPEN
     assert verdict(difference({}, claim)) == OPEN  # nothing is finished
+    only = {
+        ("base" if name == "two" else name, seed): cell for (name, seed), cell in cells(0.1, 0.05).items()
+    }
+    del only["base", 1], only["base", 2]  # its one seed serves for all
+    assert difference(only, Claim("", "", ("one", NONE), ("base", NONE))).value == pytest.approx(
+        -0.1, abs=0.02
+    )
 
 
 def test_times_are_compared_seed_by_seed() -> None:
@@ -191,5 +198,18 @@ def test_a_claim_is_summed_up_from_the_papers_own_lines() -> None:
     lines = [
         line("Width", "a", HELD), line("Width", "b", HELD), line("Width", "c", FAILED, BEYOND),
         line("Labels", "d", HELD), line("Labels", "e", OPEN), line("Labels", "f", HELD, CHECK),
+        line("Labels", "g", FAILED, CHECK),
     ]  # fmt: skip
-    assert plainly(lines) == ["- **Width: held.**", f"- **Labels: in part.** Held: d; {OPEN}: e."]
+    assert plainly(lines) == [
+        "- **Width: held.**",
+        f"- **Labels: in part.** Held: d; {OPEN}: e. But that g: {FAILED}.",
+    ]
+
+
+def test_the_kept_page_says_what_the_kept_figures_say() -> None:
+    path = max(RESULTS.glob("*-nmt.json"))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert page(results) == path.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(one["seeds"] == len(results["plan"]["seeds"]) for one in results["claims"])
+    for one in results["claims"]:
+        assert one["verdict"] == verdict(Estimate(one["value"], one["low"], one["high"]), one["margin"])
