@@ -183,7 +183,8 @@ def judged(cells: Cells) -> list[dict[str, Any]]:
             {
                 "group": SPEED, "role": CLAIM, "text": text, "one": ("width", NONE), "other": ("smoe", NONE),
                 "domains": (*SEEN, UNSEEN), "margin": FASTER, "unit": "of the CPU time", **asdict(found),
-                "chrf": None, "seeds": len(seeds_of(cells, "width", "smoe")), "verdict": verdict(found, FASTER),
+                "chrf": None, "seeds": len(seeds_of(cells, "width", "smoe")),
+                "verdict": verdict(found, FASTER),
             }
         )  # fmt: skip
     return rows

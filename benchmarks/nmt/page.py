@@ -118,7 +118,9 @@ def plainly(claims: list[dict[str, Any]]) -> list[str]:
         if len(parts) == 1:
             said_here = f"- **{group}: {parts[0][0]}.**"
         else:
-            listed = "; ".join(f"{word}: {', '.join(texts)}" for word, texts in parts)
+            listed = "; ".join(
+                f"{word}: " + ", ".join(f"“{text}”" for text in texts) for word, texts in parts
+            )
             said_here = f"- **{group}: in part.** {listed[0].upper()}{listed[1:]}."
         checks = [one for one in claims if one["group"] == group and one["role"] == CHECK]
         for one in checks:
@@ -150,8 +152,8 @@ Of the {len(verdicts)} lines below, {counts}.
 
 Differences are of the loss per target token, in nats, mean over the domains: below 0 the first is better. A
 claim held if the whole interval is below the bound, did not hold if the whole interval is above it, and is
-not decidable here otherwise. {MARGIN:g} nats count as the same level. Intervals: paired bootstrap over
-sentences and seeds; each stands for itself, so that one of this many may be wrong by chance. chrF: the
+not decidable here otherwise. {MARGIN:g} nats count as the same level; the first line tells what training
+gains at all. Intervals: paired bootstrap over sentences and seeds; each stands for itself, so that one of this many may be wrong by chance. chrF: the
 same difference in points, for which no interval was computed. Times are CPU seconds of one thread on a
 shared machine, with the least and the most of the seeds in place of an interval, and below 10 % no faster
 is believed; `benchmarks.suite` measures speed with more care.
@@ -167,7 +169,8 @@ which has {active}; with an expert per domain each has half of them. Every syste
 of {plan["batch"]} pairs in all; `experts` has 80 % of them for its two LoRAs, to which `routed` adds 20 %
 for the router. Generic pairs, where it says so: {plan["generic"]:.0%} of all, by `generic_share`; wrong
 labels: {plan["randomised"]:.0%}, by `domain_randomisation`. Told nothing, names in the prompt say "any",
-as before generic pairs, and gates that read labels mix both experts by half.
+as before generic pairs, and gates that read labels mix both experts by half. The time of the LoRAs that
+`experts` and `routed` share is counted once, with whichever came first.
 
 ## Loss per target token
 

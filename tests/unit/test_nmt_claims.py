@@ -202,7 +202,7 @@ def test_a_claim_is_summed_up_from_the_papers_own_lines() -> None:
     ]  # fmt: skip
     assert plainly(lines) == [
         "- **Width: held.**",
-        f"- **Labels: in part.** Held: d; {OPEN}: e. But that g: {FAILED}.",
+        f"- **Labels: in part.** Held: “d”; {OPEN}: “e”. But that g: {FAILED}.",
     ]
 
 
