@@ -153,10 +153,10 @@ Of the {len(verdicts)} lines below, {counts}.
 Differences are of the loss per target token, in nats, mean over the domains: below 0 the first is better. A
 claim held if the whole interval is below the bound, did not hold if the whole interval is above it, and is
 not decidable here otherwise. {MARGIN:g} nats count as the same level; the first line tells what training
-gains at all. Intervals: paired bootstrap over sentences and seeds; each stands for itself, so that one of this many may be wrong by chance. chrF: the
-same difference in points, for which no interval was computed. Times are CPU seconds of one thread on a
-shared machine, with the least and the most of the seeds in place of an interval, and below 10 % no faster
-is believed; `benchmarks.suite` measures speed with more care.
+gains at all. Intervals: paired bootstrap over sentences and seeds; each stands for itself, so that one of
+this many may be wrong by chance. chrF: the same difference in points, without an interval. Times are
+CPU seconds of one thread on a shared machine, with the least and the most of the seeds in place of an
+interval, and less than 10 % is not believed; `benchmarks.suite` measures speed with more care.
 
 ## What was compared
 
@@ -181,7 +181,8 @@ no label of its own: a wrong one is a seen domain's. Mean ± standard deviation 
 
 ## chrF / BLEU
 
-By sacrebleu, greedy decoding. So small a model hardly translates: the loss tells systems apart earlier.
+By sacrebleu, greedy decoding. So small a model hardly translates: it writes the language of the domain and
+repeats itself. What is above is then more about adapting to domains than about translating well.
 
 {_joined(grid(systems, {"chrf": 1, "bleu": 1}))}
 
