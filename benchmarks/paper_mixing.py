@@ -14,7 +14,7 @@ again, it goes on where it stopped.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, set_seed
 
 from benchmarks import papers
-from benchmarks.papers import ATTENTION, FFN, Cells, Figures, Sample, Scores
+from benchmarks.papers import ATTENTION, FFN, Cells, Claims, Figures, Sample, Scores
 from peft_moe import MoLoraConfig
 from peft_moe.controls import use_gates
+from peft_moe.evaluation.bakeoff.statistics import Estimate
 from peft_moe.evaluation.bakeoff.training import train
 from peft_moe.experts.extract import extract_adapter
 
@@ -193,103 +194,121 @@ def oracle_of(method: str) -> dict[str, str]:
     return {d: f"{kind} {d}" for d in DOMAINS}
 
 
-def gain(figures: Figures, method: str, other: str) -> Any:
-    """How much more of the oracle's gain a method keeps than another, over its experts' domains."""
-    domains = FEW[int(method[-1])]
-    one, two = (figures.shares(m, oracle_of(m), domains=domains) for m in (method, other))
-    return figures.estimate(one - two)
+def mixes(figures: Figures) -> list[str]:
+    """All mixtures, without the oracle."""
+    return [method for method in figures.scores if method.endswith(tuple(f"/{count}" for count in FEW))]
 
 
-def less(figures: Figures, method: str, other: str, domains: Any) -> Any:
-    """By how many nats a method's loss is below another's."""
-    return figures.estimate(figures.means(other, domains) - figures.means(method, domains))
+class Compared:
+    """Differences between methods, as estimates."""
 
+    def __init__(self, figures: Figures) -> None:
+        self.figures = figures
 
-def claims(figures: Figures) -> list[tuple[str, str, str]]:
-    """(claim, verdict, evidence): all from the figures."""
-    found = []
+    def gain(self, method: str, other: str) -> Estimate:
+        """How much more of the oracle's gain a method keeps, over its experts' domains."""
+        domains, figures = FEW[int(method[-1])], self.figures
+        one, two = (figures.shares(m, oracle_of(m), domains=domains) for m in (method, other))
+        return figures.estimate(one - two)
 
-    def add(text: str, parts: dict[str, Any], judge: Any, unit: Any) -> None:
-        evidence = "; ".join(f"{name}: {unit(e)} → {judge(e)}" for name, e in parts.items())
-        found.append((text, papers.all_of([judge(e) for e in parts.values()]), evidence))
+    def less(self, method: str, other: str, domains: Sequence[str] = DOMAINS) -> Estimate:
+        """By how many nats a method's loss is below another's."""
+        return self.figures.estimate(self.figures.means(other, domains) - self.figures.means(method, domains))
 
-    pairs = [(kind, count) for kind in KINDS for count in FEW]
-    add(
-        "Gate-less is the best or highly competitive: no worse than the noisy gate",
-        {f"{k}, {c}": gain(figures, f"{k}/gate-less/{c}", f"{k}/noisy/{c}") for k, c in pairs},
-        papers.no_worse, papers.points,
-    )  # fmt: skip
-    add(
-        "… and no worse than a trained router",
-        {f"{k}, {c}": gain(figures, f"{k}/gate-less/{c}", f"{k}/trained/{c}") for k, c in pairs},
-        papers.no_worse, papers.points,
-    )  # fmt: skip
-    add(
-        "Training the router helps on some domains (the paper: mainly on GSM8K)",
-        {
-            f"{k}, {d}": less(figures, f"{k}/trained/4", f"{k}/gate-less/4", [d])
-            for k in KINDS for d in DOMAINS
-        },
-        papers.above_zero, papers.nats,
-    )  # fmt: skip
-    for gate in GATES:
-        add(
-            f"Mixing FFN layers is better than mixing LoRA adapters: {gate}, loss over all four domains",
-            {f"{c} experts": less(figures, f"FFN/{gate}/{c}", f"LoRA/{gate}/{c}", FEW[c]) for c in FEW},
-            papers.above_zero, papers.nats,
-        )  # fmt: skip
-    add(
-        "… the same adapters, mixed at the output of each network instead of per linear layer",
-        {
-            f"{g}, {c}": less(figures, f"LoRA-FFN/{g}/{c}", f"LoRA/{g}/{c}", domains)
-            for g in GATES for c, domains in FEW.items()
-        },
-        papers.above_zero, papers.nats,
-    )  # fmt: skip
-    names = {d: "FFN/gate-less/4" if d == "base" else f"FFN on {d}/gate-less/4" for d in ("base", *DOMAINS)}
-    add(
-        "The base matters: a domain's own model as the base is better on that domain than every other base",
-        {
-            f"{d}, against {o}": less(figures, names[d], names[o], [d])
-            for d in DOMAINS for o in names if o != d
-        },
-        papers.above_zero, papers.nats,
-    )  # fmt: skip
-    parts, mixes = {}, [m for m in figures.scores if m.endswith("/4") or m.endswith("/2")]
-    for domain in DOMAINS:
-        best = min(mixes, key=lambda m, d=domain: figures.losses(m, d)[0].mean())
-        parts[f"{domain}, `{best}` against its own model"] = less(figures, best, f"full {domain}", [domain])
-    add(
-        "Some mix beats a domain's own model (the best mix by the test itself, which favours it)",
-        parts, papers.above_zero, papers.nats,
-    )  # fmt: skip
-    add(
-        "Some mix beats the base and every single model over all four domains",
-        {
-            f"`FFN/gate-less/4` against {m}": less(figures, "FFN/gate-less/4", m, DOMAINS)
-            for m in ("base", *(f"full {d}" for d in DOMAINS))
+    def of_perfect(self, gate: str, count: int) -> Estimate:
+        """What FFN mixing keeps of its own perfect gates' gain, less what LoRA mixing keeps of its."""
+        figures, domains = self.figures, FEW[count]
+        ffn = figures.shares(f"FFN/{gate}/{count}", dict.fromkeys(DOMAINS, "FFN/oracle"), domains=domains)
+        lora = figures.shares(f"LoRA/{gate}/{count}", oracle_of("LoRA"), domains=domains)
+        return figures.estimate(ffn - lora)
+
+    def mainly_math(self, kind: str, count: int) -> Estimate:
+        """What training gains on mathematics, less what it gains on the mean of the other domains."""
+        parts = {
+            d: self.figures.losses(f"{kind}/gate-less/{count}", d)
+            - self.figures.losses(f"{kind}/trained/{count}", d)
+            for d in FEW[count]
         }
-        | {"`FFN/trained/4` against base": less(figures, "FFN/trained/4", "base", DOMAINS)},
+        others = [parts[d] for d in parts if d != "math"]
+        return self.figures.estimate(parts["math"] - sum(others) / len(others))
+
+    def best(self, domains: Sequence[str] = DOMAINS) -> str:
+        """The mixture with the least loss."""
+        return min(mixes(self.figures), key=lambda m: self.figures.means(m, domains)[0].mean())
+
+
+def claims(figures: Figures) -> Claims:
+    """All from the figures."""
+    found, on = Claims(), Compared(figures)
+    pairs = [(kind, count) for kind in KINDS for count in FEW]
+    gated = [(gate, count) for gate in GATES for count in FEW]
+    found.add(
+        "Gate-less is highly competitive: no worse than the noisy gate",
+        {f"{k}, {c}": on.gain(f"{k}/gate-less/{c}", f"{k}/noisy/{c}") for k, c in pairs},
+        papers.no_worse, papers.points,
+    )  # fmt: skip
+    found.add(
+        "… and no worse than a trained router",
+        {f"{k}, {c}": on.gain(f"{k}/gate-less/{c}", f"{k}/trained/{c}") for k, c in pairs},
+        papers.no_worse, papers.points,
+    )  # fmt: skip
+    found.add(
+        "Training the router helps mainly on mathematics: the gain there, less the mean of the others",
+        {f"{k}, {c}": on.mainly_math(k, c) for k, c in pairs},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    add(
-        "Training attention beside the router helps",
-        {
-            f"{c} experts": less(figures, f"FFN/trained+attention/{c}", f"FFN/trained/{c}", domains)
-            for c, domains in FEW.items()
-        },
+    found.add(
+        "Gate-less is for few experts: 4 lose some of what 2 keep, on the domains of the 2",
+        {k: on.less(f"{k}/gate-less/2", f"{k}/gate-less/4", FEW[2]) for k in KINDS},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    add(
-        "Gate-less is for few experts: it keeps less of 4 experts' gain than of 2 experts'",
-        {
-            k: figures.estimate(
-                figures.shares(f"{k}/gate-less/2", oracle_of(k), domains=FEW[2])
-                - figures.shares(f"{k}/gate-less/4", oracle_of(k), domains=FEW[2])
-            )
-            for k in KINDS
-        },
+    found.add(
+        "Mixing FFN layers of models is better than mixing LoRA adapters: less loss",
+        {f"{g}, {c}": on.less(f"FFN/{g}/{c}", f"LoRA/{g}/{c}", FEW[c]) for g, c in gated},
+        papers.above_zero, papers.nats,
+    )  # fmt: skip
+    found.add(
+        "… it keeps more of what perfect gates over the same experts would gain",
+        {f"{g}, {c}": on.of_perfect(g, c) for g, c in gated},
         papers.above_zero, papers.points,
+    )  # fmt: skip
+    found.add(
+        "… the same adapters: at the output of each FFN is better than per linear layer",
+        {f"{g}, {c}": on.less(f"LoRA-FFN/{g}/{c}", f"LoRA/{g}/{c}", FEW[c]) for g, c in gated},
+        papers.above_zero, papers.nats,
+    )  # fmt: skip
+    own = {d: f"FFN on {d}/gate-less/4" for d in DOMAINS}
+    found.add(
+        "The base matters: on a domain its own model is a better base than every other expert",
+        {f"{d}, against {o}": on.less(own[d], own[o], [d]) for d in DOMAINS for o in DOMAINS if o != d},
+        papers.above_zero, papers.nats,
+    )  # fmt: skip
+    found.add(
+        "… and a better one than the plain base",
+        {d: on.less(own[d], "FFN/gate-less/4", [d]) for d in DOMAINS},
+        papers.above_zero, papers.nats,
+    )  # fmt: skip
+    single = ["base", *(f"{kind} {d}" for kind in ("full", "adapter") for d in DOMAINS)]
+    best, each = on.best(), {d: on.best([d]) for d in DOMAINS}
+    found.add(
+        f"Some mix beats all baselines over the domains: `{best}`, the best by this test, which favours it",
+        {m: on.less(best, m) for m in single},
+        papers.above_zero, papers.nats,
+    )  # fmt: skip
+    found.add(
+        "Some mix beats a domain's own model on its domain (again the best by this test)",
+        {f"{d}, `{m}`": on.less(m, f"full {d}", [d]) for d, m in each.items()},
+        papers.above_zero, papers.nats,
+    )  # fmt: skip
+    found.add(
+        "A validation is needed to select the mix: on each domain another one is better than the best of all",
+        {f"{d}, `{m}`": on.less(m, best, [d]) for d, m in each.items() if m != best},
+        papers.above_zero, papers.nats,
+    )  # fmt: skip
+    found.add(
+        "Training attention beside the router is of use: less loss than with the router alone",
+        {f"{c}": on.less(f"FFN/trained+attention/{c}", f"FFN/trained/{c}", FEW[c]) for c in FEW},
+        papers.above_zero, papers.nats,
     )  # fmt: skip
     return found
 
@@ -299,6 +318,7 @@ def page(cells: Cells, plan: Plan, stem: str, folder: Path) -> None:
     figures = Figures(cells.done, DOMAINS)
     order = ["base", *(m for m in figures.scores if m != "base")]
     verdicts = claims(figures)
+    perfect = figures.estimate(figures.shares("FFN/oracle", oracle_of("full"))).scaled(100)
     cpu = sum(c.get("cpu_s", 0.0) for c in cells.done) / 60
     lines = [
         "# Flexible and Effective Mixing of LLMs (arXiv 2408.17280), at small scale",
@@ -323,14 +343,20 @@ def page(cells: Cells, plan: Plan, stem: str, folder: Path) -> None:
         "",
         "## Claims",
         "",
-        'Decided by 95 % intervals of a bootstrap over test records and seeds, paired; "no worse" allows '
-        f"{100 * papers.MARGIN:.0f} points of the oracle's gain. A claim of several parts held if all parts "
-        "did, and "
-        "did not if one did not.",
+        "Decided by 95 % intervals of a bootstrap over test records and seeds, paired (✓ ✗ ?: of each part). "
+        f'"No worse" allows {100 * papers.MARGIN:.0f} points of the oracle\'s gain. Numbers are points of '
+        "the "
+        "gain where they are whole, else nats per token; above 0 is for the claim. A claim of several parts "
+        "held if all did, and did not if one did not. 2 and 4: experts.",
         "",
-        *papers.claim_table(verdicts),
+        *verdicts.table(),
         "",
         "## Losses",
+        "",
+        f"Perfect gates over the models' feed-forward networks (`FFN/oracle`) keep {perfect.value:.0f} % "
+        f"[{perfect.low:.0f}, {perfect.high:.0f}] of the models' own gain: the rest is in attention, "
+        "embeddings "
+        "and norms, which this mixing leaves behind.",
         "",
         "Nats per completion token, mean ± standard deviation over seeds; * no expert. The oracle is each "
         "domain's own model, or its own adapter for `LoRA…`, over all four domains.",
@@ -344,7 +370,7 @@ def page(cells: Cells, plan: Plan, stem: str, folder: Path) -> None:
         "",
         f"    python -m benchmarks.paper_mixing --runs runs/text --out runs/paper_mixing --publish {stem}",
     ]
-    papers.publish(stem, lines, {"plan": asdict(plan), "claims": verdicts, "cells": cells.done}, folder)
+    papers.publish(stem, lines, {"plan": asdict(plan), "claims": verdicts.rows, "cells": cells.done}, folder)
 
 
 def main() -> None:

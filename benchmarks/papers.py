@@ -221,12 +221,58 @@ def all_of(verdicts: Sequence[str]) -> str:
     return HELD if set(verdicts) == {HELD} else NOT if NOT in verdicts else OPEN
 
 
+MARKS = {HELD: "✓", NOT: "✗", OPEN: "?"}
+
+
 def nats(e: Estimate) -> str:
+    """In nats per token."""
     return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
 
 
 def points(e: Estimate) -> str:
-    return f"{100 * e.value:+.0f} points [{100 * e.low:+.0f}, {100 * e.high:+.0f}]"
+    """In points of the oracle's gain."""
+    return f"{100 * e.value:+.0f} [{100 * e.low:+.0f}, {100 * e.high:+.0f}]"
+
+
+def percent(e: Estimate) -> str:
+    """A share, in %."""
+    return f"{100 * e.value:.2f} % [{100 * e.low:.2f}, {100 * e.high:.2f}]"
+
+
+class Claims:
+    """What a paper says, and what came of it here; verdicts follow from the figures alone."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        claim: str,
+        parts: Mapping[str, Estimate],
+        judge: Callable[[Estimate], str],
+        unit: Callable[[Estimate], str],
+    ) -> None:
+        """A claim that holds if ``judge`` says so of every part."""
+        verdicts = {name: judge(e) for name, e in parts.items()}
+        evidence = "; ".join(f"{name}: {unit(e)} {MARKS[verdicts[name]]}" for name, e in parts.items())
+        held = sum(v == HELD for v in verdicts.values())
+        row = {"claim": claim, "verdict": all_of(list(verdicts.values())), "held": held, "parts": len(parts)}
+        self.rows.append(row | {"evidence": evidence})
+
+    def leave(self, claim: str, reason: str) -> None:
+        """A claim that was not tested."""
+        self.rows.append({"claim": claim, "verdict": UNTESTED, "held": 0, "parts": 0, "evidence": reason})
+
+    def table(self) -> list[str]:
+        """One row per claim, and how many held."""
+        lines = ["| claim of the paper | here | evidence |", "|---|---|---|"]
+        for row in self.rows:
+            some = 0 < row["held"] < row["parts"]
+            count = f"; {row['held']} of {row['parts']} parts held" if some else ""
+            lines.append(f"| {row['claim']} | **{row['verdict']}**{count} | {row['evidence']} |")
+        words = (HELD, NOT, OPEN, UNTESTED)
+        counts = {word: sum(row["verdict"] == word for row in self.rows) for word in words}
+        return [*lines, "", "Together: " + ", ".join(f"{n} {word}" for word, n in counts.items() if n) + "."]
 
 
 def loss_table(
@@ -254,12 +300,6 @@ def loss_table(
 def _cell(figures: Figures, values_DS: Array) -> str:
     mean, spread = figures.estimate(values_DS).value, figures.spread(values_DS)
     return f"{mean:.3f}" if np.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
-
-
-def claim_table(claims: Sequence[tuple[str, str, str]]) -> list[str]:
-    """(claim, verdict, evidence), one row each."""
-    lines = ["| claim of the paper | here | evidence |", "|---|---|---|"]
-    return [*lines, *(f"| {claim} | **{verdict}** | {evidence} |" for claim, verdict, evidence in claims)]
 
 
 def publish(stem: str, lines: Sequence[str], kept: dict[str, Any], folder: Path = RESULTS) -> None:

@@ -13,7 +13,7 @@ import pytest
 RUNS = {
     "paper_mixing": (
         34,
-        ["FFN on law/gate-less/4", "LoRA-FFN/trained/2", "## Claims", "Gate-less is the best"],
+        ["FFN on law/gate-less/4", "LoRA-FFN/trained/2", "## Claims", "Gate-less is highly"],
     ),
     "modular_text": (
         20,
@@ -36,7 +36,7 @@ def test_a_quick_run_makes_every_cell_once_and_the_page(script: str, tmp_path: P
     assert all(part in page for part in parts)
     assert not any(f"`{name}`" not in page for name in names if "prompt" not in name and "text" not in name)
     claims = json.loads((tmp_path / "page.json").read_text())["claims"]
-    assert {verdict for _, verdict, _ in claims} <= {
+    assert {row["verdict"] for row in claims} <= {
         "held",
         "did not hold",
         "not decidable here",
