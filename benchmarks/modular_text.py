@@ -412,7 +412,8 @@ def page(cells: Cells, plan: Plan, stem: str, folder: Path) -> None:
         "records per "
         f"domain. TF-IDF reads everything, our classifier the first {plan.max_length} tokens, as mean "
         "hidden state "
-        "of the base's middle layer. The prompts of `python` are tasks in English.",
+        "of the base's middle layer. The prompts of `python` are tasks in English. Intervals are over "
+        "records alone, of the mean over seeds.",
         "",
         *rate_table(done),
         "",
