@@ -75,7 +75,20 @@ def note_base(config: MoLoraConfig, model: nn.Module) -> None:
             )
     # Numbers of a matrix that was packed once are others, whatever they are kept in now.
     whole = {"full", config.base_precision or "full"} == {describe_precision(model)}
-    tensors = _plain_weights(model)
+    check_base_values(saved, _plain_weights(model), whole=whole)
+
+
+def check_base_values(saved: dict[str, Any], tensors: dict[str, Tensor], *, whole: bool) -> None:
+    """Hold a base's numbers against those of a fingerprint.
+
+    Args:
+        saved: from :func:`fingerprint`.
+        tensors: of the base, by name; what is not there is not compared.
+        whole: whether matrices are compared too: neither side was packed.
+
+    Raises:
+        PeftMoeError: they differ.
+    """
     for name, wanted in saved.get("values", {}).items():
         tensor = tensors.get(name)
         if tensor is None or (tensor.dim() > 1 and not whole):

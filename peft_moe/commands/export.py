@@ -11,7 +11,7 @@ import typer
 from ..console import wide_console
 from ..errors import PeftMoeError
 
-To = Annotated[str, typer.Option(help="lora, merged, adapters (each expert back), or distilled-lora.")]
+To = Annotated[str, typer.Option(help="lora, merged, adapters (each expert back), distilled-lora, or native: the MoE that fits the base.")]
 Gates = Annotated[
     str | None,
     typer.Option(help="lora, merged: fixed gates, as 'math=0.5,code=0.5'; 'math' alone is that expert."),
@@ -23,10 +23,10 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16; default: what there is, if exact.")
 ]
 Base = Annotated[
-    str | None, typer.Option(help="merged, distilled-lora: the base, if the mixture's is not here.")
+    str | None, typer.Option(help="merged, distilled-lora, native: the base, if the mixture's is not here.")
 ]
 Data = Annotated[
-    Path | None, typer.Option(help="distilled-lora: .jsonl of prompt + completion, messages or text.")
+    Path | None, typer.Option(help="distilled-lora, native: .jsonl of prompt + completion, messages or text.")
 ]
 EvalData = Annotated[
     Path | None, typer.Option(help="distilled-lora: held-out texts; default: a tenth of --data.")
@@ -49,27 +49,36 @@ def export(
     max_length: Annotated[int, typer.Option(help="distilled-lora: tokens per text.", min=2)] = 1024,
     temperature: Annotated[float, typer.Option(help="distilled-lora: of the distillation.")] = 1.0,
     seed: Annotated[int, typer.Option(help="distilled-lora.")] = 0,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="native: what is near, and the measured gap.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="native: of one file of weights; default: 5GB.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write a mixture as something that works without peft-moe.
 
     lora and merged equal a mixture whose gates do not depend on the input, or are fixed with --gates;
-    distilled-lora trains one LoRA to imitate any mixture, and says how far it is from it.
+    distilled-lora trains one LoRA to imitate any mixture, and says how far it is from it; native (or mixtral,
+    qwen2-moe, qwen3-moe) makes a model of that architecture of a mixture with mixing="block".
     """
     from ..export import Distillation
     from ..export import export as write
     from ..export.gates import read_gates
+    from ..export.ways import NATIVE_KINDS
 
     how = None
-    if data is not None:
+    native = to in NATIVE_KINDS
+    if data is not None and not native:
         how = Distillation(
             str(data), str(eval_data) if eval_data else None, steps=steps, learning_rate=learning_rate,
             batch_size=batch_size, max_length=max_length, temperature=temperature, seed=seed,
             trainer={"disable_tqdm": as_json},
         )  # fmt: skip
     elif eval_data is not None:
-        raise PeftMoeError("--eval-data has no effect without --data")
+        raise PeftMoeError("--eval-data has no effect without --data and --to distilled-lora")
     fixed = read_gates(gates) if gates is not None else None
     report = write(
         mixture,
@@ -80,6 +89,9 @@ def export(
         dtype=dtype,
         base=base,
         distillation=how,
+        approximate=approximate,
+        data=str(data) if data is not None and native else None,
+        max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
     if as_json:

@@ -14,7 +14,7 @@ class ExportReport:
     """One export.
 
     Attributes:
-        kind: "lora", "merged", "adapters" or "distilled-lora".
+        kind: "lora", "merged", "adapters", "distilled-lora", or a native MoE's.
         source: folder, Hub id or description of the mixture.
         out: the folder that was written.
         base: folder or Hub id of the base.
@@ -25,8 +25,9 @@ class ExportReport:
             it is not known.
         module_errors: the same by module, where ranks were cut.
         notes: what a user should know.
-        measured: of a distillation: texts, and KL, loss and agreement with the mixture on held-out ones, for
-            base, start, distilled LoRA and mixture.
+        measured: of a distillation, or a native MoE: texts, and KL, loss and agreement with the mixture on held-out ones, for
+            base, start, distilled LoRA and mixture; or for the native model, with the largest difference of
+            logits.
     """
 
     kind: str
@@ -60,8 +61,10 @@ class ExportReport:
             found.append(f"On {self.measured['held_out_tokens']} held-out tokens, per token in nats:")
             for name, row in self.measured["held_out"].items():
                 kl, loss, same = row["kl"], row["loss"], row["agreement"]
+                most = row.get("max_logit_difference")
                 found.append(
                     f"  {name:10} KL to the mixture {kl:.4f}  loss {loss:.4f}  same choice {same:.1%}"
+                    + (f"  logits differ by at most {most:.3g}" if most is not None else "")
                 )
             if "kl_closed" in self.measured:
                 found.append(

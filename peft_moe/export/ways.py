@@ -16,10 +16,15 @@ from .adapters import export_adapters
 from .distilled import Distillation, check_distillation, export_distilled
 from .lora import export_lora
 from .merged import export_merged
+from .native import export_native, plan_native
+from .native_gap import gather_evidence
+from .native_plan import NATIVE
 from .report import REPORT_FILE, ExportReport
-from .source import open_mixture
+from .shards import read_size
+from .source import Mixture, open_mixture
 
-KINDS = ("lora", "merged", "adapters", "distilled-lora")
+NATIVE_KINDS = ("native", *NATIVE)
+KINDS = ("lora", "merged", "adapters", "distilled-lora", *NATIVE_KINDS)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Which options each kind has; one that would have no effect is refused.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -27,6 +32,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "merged": ("gates", "base", "dtype"),
     "adapters": (),
     "distilled-lora": ("rank", "base", "dtype", "distillation"),
+    **dict.fromkeys(NATIVE_KINDS, ("base", "dtype", "approximate", "data", "max_shard_size")),
 }
 
 
@@ -40,6 +46,9 @@ def export(
     base: str | None = None,
     dtype: str | None = None,
     distillation: Distillation | None = None,
+    approximate: bool = False,
+    data: Any = None,
+    max_shard_size: str | None = None,
     adapter: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -50,19 +59,26 @@ def export(
         out: folder to write; it appears whole or not at all.
         to: "lora": one plain LoRA, equal to a mixture with constant gates. "merged": the same in the base's
             own weights, a plain transformers model. "adapters": each expert in a folder of its own, as it
-            went in. "distilled-lora": one LoRA trained to imitate any mixture.
+            went in. "distilled-lora": one LoRA trained to imitate any mixture. "mixtral", "qwen2-moe",
+            "qwen3-moe", or "native" for the one that the base's layers fit: a block mixture as such a model.
         gates: "lora" and "merged": fixed weight by expert instead of the router's; experts left out weigh 0.
         rank: "lora": at most so many ranks in each module, by SVD; "distilled-lora": its rank.
-        base: "merged" and "distilled-lora": folder or Hub id of the base, if not the one the mixture names.
+        base: all but "lora" and "adapters": folder or Hub id of the base, if not the one the mixture names.
         dtype: "float32", "bfloat16" or "float16"; None keeps what there is, where it is exact.
         distillation: "distilled-lora": texts and training, a :class:`Distillation`.
+        approximate: native kinds: write a model that is near what none of them can represent, fitted on
+            ``data``, and measure the gap.
+        data: native kinds: texts for that, or for a measurement alone: a ``.jsonl`` file, a list of texts,
+            or token ids [N, T]. Every other one is measured on. None takes a few built-in ones.
+        max_shard_size: native kinds: of one file of weights, as in "5GB", the default.
         adapter: which mixture of a model; None takes the active one.
         overwrite: replace ``out``.
 
     Raises:
         PeftMoeError: what cannot be exported so, with the ways that work; nothing is written.
     """
-    given = {"gates": gates, "rank": rank, "base": base, "dtype": dtype, "distillation": distillation}
+    given = {"gates": gates, "rank": rank, "base": base, "dtype": dtype, "distillation": distillation,
+             "approximate": approximate or None, "data": data, "max_shard_size": max_shard_size}  # fmt: skip
     _check(to, given)
     found = open_mixture(mixture, adapter)
     inputs = [path for path in (found.folder, base, found.base) if path and os.path.isdir(path)]
@@ -71,6 +87,8 @@ def export(
         check_distillation(found, rank, distillation)
     kept = _DTYPES[dtype] if dtype is not None else None
     report = ExportReport(to, found.label, place, base or found.base, found.config.expert_names)
+    if to in NATIVE_KINDS:
+        return _native(found, report, to, given, kept)
     with new_folder(place) as folder:
         if to == "lora":
             export_lora(found, folder, report, gates=gates, rank=rank, dtype=kept)
@@ -80,6 +98,23 @@ def export(
             export_adapters(found, folder, report)
         else:
             export_distilled(found, folder, report, rank=rank, base=base, dtype=kept, how=distillation)
+        write_json(folder / REPORT_FILE, report.to_dict())
+    return report
+
+
+def _native(
+    found: Mixture, report: ExportReport, to: str, given: Mapping[str, Any], dtype: torch.dtype | None
+) -> ExportReport:
+    """A native MoE; all that can be refused is refused before its folder is begun."""
+    most_bytes = read_size(given["max_shard_size"] or "5GB")
+    approximate, data, base = bool(given["approximate"]), given["data"], given["base"]
+    plan = plan_native(found, to, base, approximate)
+    evidence = None
+    if plan.obstacles or approximate or data is not None:
+        evidence = gather_evidence(found, plan, data, base, dtype, report)
+    report.kind = plan.kind
+    with new_folder(report.out) as folder:
+        export_native(found, folder, report, evidence, plan, dtype=dtype, most_bytes=most_bytes)
         write_json(folder / REPORT_FILE, report.to_dict())
     return report
 

@@ -48,6 +48,24 @@ class LinearScorer(Scorer):
         return functional.linear(x, weight, bias)
 
 
+@register_router("gate")
+class GateScorer(Scorer):
+    """One linear map without a bias: the gate of Mixtral, Qwen2-MoE and Qwen3-MoE (arXiv 2401.04088).
+
+    A block mixture with it is such a model, and can be exported as one.
+    """
+
+    paper = "arXiv 2401.04088"
+
+    def __init__(self, settings: RouterSettings, in_features: int) -> None:
+        super().__init__(settings, in_features)
+        self.weight = nn.Parameter(torch.empty(settings.num_columns, in_features, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=settings.init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.to(x.dtype))
+
+
 @register_router("random")
 class RandomScorer(LinearScorer):
     """A fixed linear map drawn at random: the paper's noisy gate, which nobody trains."""
