@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..console import wide_console
 from ..errors import PeftMoeError
 
-To = Annotated[str, typer.Option(help="lora, merged, adapters (each expert back), distilled-lora, or native: the MoE that fits the base.")]
+To = Annotated[
+    str,
+    typer.Option(
+        help="lora, merged, adapters (each expert back), distilled-lora, native (the MoE of the base)."
+    ),
+]
 Gates = Annotated[
     str | None,
     typer.Option(help="lora, merged: fixed gates, as 'math=0.5,code=0.5'; 'math' alone is that expert."),
@@ -81,19 +86,14 @@ def export(
         raise PeftMoeError("--eval-data has no effect without --data and --to distilled-lora")
     fixed = read_gates(gates) if gates is not None else None
     report = write(
-        mixture,
-        out,
-        to,
-        gates=fixed,
-        rank=rank,
-        dtype=dtype,
-        base=base,
-        distillation=how,
-        approximate=approximate,
-        data=str(data) if data is not None and native else None,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-    )
+        mixture, out, to, gates=fixed, rank=rank, dtype=dtype, base=base, distillation=how,
+        approximate=approximate, data=str(data) if data is not None and native else None,
+        max_shard_size=max_shard_size, overwrite=overwrite,
+    )  # fmt: skip
+    _show(report, out, as_json)
+
+
+def _show(report: Any, out: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1))
         return

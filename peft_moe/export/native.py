@@ -1,7 +1,7 @@
 """A block mixture as a native MoE checkpoint, streamed: Mixtral, Qwen2-MoE or Qwen3-MoE.
 
-Files hold the names that these models had on the Hub before any library fused them: a tensor per expert, which
-transformers converts as it loads, and which vLLM, SGLang and llama.cpp know.
+Files hold the names that these models have on the Hub: a tensor per linear of each expert. transformers fuses
+them as it loads, vLLM, SGLang and llama.cpp read them.
 
 Letters: H hidden size, F features of a network, E experts.
 """
@@ -24,7 +24,7 @@ from ..experts.checkpoint import MODEL_CONFIG, Checkpoint, quiet_transformers
 from ..experts.extract_files import write_json
 from .base import take_along
 from .native_gap import Evidence, measure_gap
-from .native_plan import _FFN, NativePlan, Terms, make_plan
+from .native_plan import CLASSES, FFN, NativePlan, Terms, make_plan
 from .report import ExportReport
 from .shards import Piece, write_shards
 from .source import Mixture
@@ -98,7 +98,7 @@ class Weights:
         for name, at in self.plan.base.tensors.items():
             if at.dtype not in _DTYPES or name.endswith("rotary_emb.inv_freq"):
                 continue  # counted, not learnt
-            match = _FFN.fullmatch(name.removesuffix(".weight"))
+            match = FFN.fullmatch(name.removesuffix(".weight"))
             layer = int(match[1]) if match else None
             if layer is None or not self._is_sparse(layer):
                 yield self._piece(name, at.shape, partial(self._kept, name))
@@ -127,9 +127,7 @@ class Weights:
             name = f"{prefix}.shared_expert_gate.weight"
             yield self._piece(name, (1, hidden), lambda: torch.zeros(1, hidden))
 
-    def _expert(
-        self, prefix: str, layer: int, terms: Terms, size: int, names: list[str]
-    ) -> Iterator[Piece]:
+    def _expert(self, prefix: str, layer: int, terms: Terms, size: int, names: list[str]) -> Iterator[Piece]:
         hidden = int(self.plan.base_config.hidden_size)
         for linear, name in zip(_LINEARS, names, strict=True):
             shape = (hidden, size) if linear == "down_proj" else (size, hidden)
@@ -174,8 +172,8 @@ class Weights:
         if gate.reason is not None:
             assert self.evidence is not None
             return self.evidence.fitted_gate(f"model.layers.{layer}.mlp", gate)
-        assert gate.weight_XH is not None
-        return gate.weight_XH
+        assert gate.weight is not None
+        return gate.weight
 
 
 def _added(weight_OI: Tensor, A_rI: Tensor, B_rO: Tensor, scales_r: Tensor) -> Tensor:
@@ -218,7 +216,7 @@ def _notes(plan: NativePlan, weights: Weights) -> list[str]:
     config, notes = plan.mixture.config, []
     sparse = [n for n in range(plan.layers) if weights._is_sparse(n)]
     notes.append(
-        f"{plan.config('float32').architectures[0]}: {len(plan.routed)} experts of {plan.expert_size} features, "  # type: ignore[index]
+        f"{CLASSES[plan.kind]}: {len(plan.routed)} experts of {plan.expert_size} features, "
         f"{plan.top_k} per token, in {len(sparse)} of {plan.layers} layers."
     )
     copied = [n for n in sparse if n not in plan.gates]
@@ -234,8 +232,8 @@ def _notes(plan: NativePlan, weights: Weights) -> list[str]:
         )
     if weights.dtype.itemsize < 4:
         notes.append(
-            f"Weights and gates are rounded to {str(weights.dtype)[6:]}, in which such a model also computes its "
-            "scores: some tokens choose other experts than with float32 gates. --dtype float32 rounds nothing."
+            f"Weights and gates are rounded to {str(weights.dtype)[6:]}, in which such a model computes its "
+            "scores, too: some tokens choose other experts than by float32 gates; see --dtype float32."
         )
     made_on = config.base_precision
     if made_on not in (None, "full"):

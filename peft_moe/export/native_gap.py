@@ -32,8 +32,8 @@ _FLOOR = 1e-6  # of a weight, before its logarithm is fitted
 # Where nobody gives texts: prose, instructions, code and sums, in a few languages.
 BUILT_IN = (
     "The river had risen in the night, and by morning the lower fields lay under a sheet of brown water.",
-    "Question: A train leaves at 9:40 and arrives at 13:05. How long does it take?\nAnswer: 3 hours 25 minutes.",
-    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "Question: A train leaves at 9:40 and arrives at 13:05. How long is it?\nAnswer: 3 hours 25 minutes.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a",
     "Write a polite letter to a landlord, asking for the heating to be repaired before the winter.",
     "Die Stadt liegt an einem Fluss, und im Sommer sitzen die Leute abends lange auf den Brücken.",
     "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen, in the leaves of plants.",
@@ -65,18 +65,20 @@ class Evidence:
     def _look(self) -> None:
         """Run the texts that are fitted on, and keep what each network reads and what is decided."""
         base, handles = self.model.get_base_model(), []
+        read: dict[str, Tensor] = {}  # of the running text; a probe's pass comes before the one that counts
         for layer in self.plan.gates:
             home = f"model.layers.{layer}.mlp"
-            kept = self._inputs.setdefault(home, [])
 
-            def keep(module: nn.Module, args: Any, kept: list[Tensor] = kept) -> None:
-                kept.append(args[0].detach().reshape(-1, args[0].shape[-1]).float().cpu())
+            def keep(module: nn.Module, args: Any, home: str = home) -> None:
+                read[home] = args[0].detach().reshape(-1, args[0].shape[-1]).float().cpu()
 
             handles.append(base.get_submodule(home).register_forward_pre_hook(keep))
         try:
             for row in self.seen:
                 with torch.no_grad(), record_routing() as record:
                     logits_of(self.model, row)
+                for home, x_NH in read.items():
+                    self._inputs.setdefault(home, []).append(x_NH)
                 for name, routing in record.decisions.items():
                     self._decisions.setdefault(name, []).append(routing)
         finally:
@@ -100,8 +102,8 @@ class Evidence:
         x_NH = torch.cat(self._inputs[home]).double()
         target_NX = torch.cat([self._scores(home, n, len(x)) for n, x in enumerate(self._inputs[home])])
         start_XH = torch.zeros(target_NX.shape[1], x_NH.shape[1], dtype=torch.double)
-        if gate.weight_XH is not None:  # only a bias is left to fit
-            start_XH = gate.weight_XH.double()
+        if gate.weight is not None:  # only a bias is left to fit
+            start_XH = gate.weight.double()
         rest_NX = target_NX - x_NH @ start_XH.T
         rest_NX = rest_NX - rest_NX.mean(1, keepdim=True)  # a softmax does not see it
         square_HH = x_NH.T @ x_NH
@@ -145,7 +147,9 @@ def gather_evidence(
     rows = token_rows(data, (mixture.folder, plan.base.folder))
     model = mixture.model
     if model is None:
-        model, _ = load_on_base(mixture, base or mixture.base, dtype, ExportReport("", "", report.out, None, []))
+        model, _ = load_on_base(
+            mixture, base or mixture.base, dtype, ExportReport("", "", report.out, None, [])
+        )
     if model.training:
         raise PeftMoeError("the mixture is in training mode; call model.eval() before it is exported")
     return Evidence(mixture, model, rows, plan)
@@ -184,8 +188,8 @@ def _tokenizer(places: Sequence[Any]) -> Any:
         if place and (Path(place, "tokenizer_config.json").is_file() or is_on_hub(str(place))):
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     raise PeftMoeError(
-        "neither the mixture nor its base has a tokenizer, which a measurement on texts needs; save it in one "
-        "of the two folders, or give token ids [N, T] as `data`"
+        "neither the mixture nor its base has a tokenizer, which a measurement on texts needs; save it in "
+        "one of the two folders, or give token ids [N, T] as `data`"
     )
 
 
@@ -201,8 +205,7 @@ def measure_gap(evidence: Evidence, folder: Path) -> dict[str, Any]:
     """KL, loss, agreement and the largest difference of logits between the written model and the mixture."""
     with quiet_transformers():
         native = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
-    rows = {"native": dict.fromkeys(("kl", "loss", "agreement"), 0.0), "mixture": {}}
-    rows["mixture"] = {"kl": 0.0, "loss": 0.0, "agreement": 0.0}
+    rows = {name: dict.fromkeys(("kl", "loss", "agreement"), 0.0) for name in ("native", "mixture")}
     tokens, most = 0, 0.0
     with torch.no_grad():
         for row in evidence.held_out:
@@ -212,7 +215,10 @@ def measure_gap(evidence: Evidence, folder: Path) -> dict[str, Any]:
             for name, logits_NV in (("native", found_NV), ("mixture", lesson_NV)):
                 _add(rows[name], lesson_NV.double(), logits_NV.double(), row[1:])
     held_out = {name: {k: v / tokens for k, v in one.items()} for name, one in rows.items()}
-    texts = {"fitted": len(evidence.seen) if evidence.plan.obstacles else 0, "held_out": len(evidence.held_out)}
+    texts = {
+        "fitted": len(evidence.seen) if evidence.plan.obstacles else 0,
+        "held_out": len(evidence.held_out),
+    }
     held_out["native"]["max_logit_difference"] = most
     return {"texts": texts, "held_out_tokens": tokens, "held_out": held_out}
 

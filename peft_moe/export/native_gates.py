@@ -25,11 +25,11 @@ class Gate:
     """One network's gate.
 
     Attributes:
-        weight_XH: float32, a row per column, in the mixture's order, the null expert's last.
+        weight: [X, H], float32, a row per column, in the mixture's order, the null expert's last.
         reason: why it is not the router; None where it is.
     """
 
-    weight_XH: Tensor | None
+    weight: Tensor | None
     reason: str | None = None
 
 

@@ -28,12 +28,12 @@ _CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "qwen2-moe": Qwen2MoeConfig,
     "qwen3-moe": Qwen3MoeConfig,
 }
-_CLASSES = {
+CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2-moe": "Qwen2MoeForCausalLM",
     "qwen3-moe": "Qwen3MoeForCausalLM",
 }
-_FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)")
+FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class NativePlan:
             }
         if self.kind == "qwen2-moe":
             made |= {"shared_expert_intermediate_size": self.shared_size, "qkv_bias": True}
-        return kind(**{**kept, **made, "architectures": [_CLASSES[self.kind]], "dtype": dtype})
+        return kind(**{**kept, **made, "architectures": [CLASSES[self.kind]], "dtype": dtype})
 
 
 def make_plan(mixture: Mixture, base: Checkpoint, base_config: Any, to: str, approximate: bool) -> NativePlan:
@@ -136,7 +136,7 @@ def make_plan(mixture: Mixture, base: Checkpoint, base_config: Any, to: str, app
             f"{mixture.label} mixes at every linear layer (mixing='linear'), a native MoE whole feed-forward "
             "networks; train it with mixing='block', or export --to merged, distilled-lora or adapters"
         )
-    found = {name: _FFN.fullmatch(name) for name in mixture.layers}
+    found = {name: FFN.fullmatch(name) for name in mixture.layers}
     inside = sorted({int(match[1]) for match in found.values() if match})
     if not inside:
         raise PeftMoeError(f"{mixture.label} has no experts in feed-forward networks of {base.location}")
@@ -160,9 +160,9 @@ def _kind(to: str, base: str, checkpoint: Checkpoint) -> str:
     names = checkpoint.config.get("architectures") or [""]
     if fits is None or not str(names[0]).endswith("ForCausalLM"):
         raise PeftMoeError(
-            f"{checkpoint.location} is a {base} ({names[0]}): no native MoE has its layers; those of llama and "
-            "mistral become mixtral, qwen2 becomes qwen2-moe, qwen3 becomes qwen3-moe (each ForCausalLM). "
-            "Export --to distilled-lora or adapters, or serve it with peft_moe imported"
+            f"{checkpoint.location} is a {base} ({names[0]}): no native MoE has its layers; "
+            "those of llama and mistral become mixtral, qwen2 becomes qwen2-moe, qwen3 becomes qwen3-moe "
+            "(each ForCausalLM). Export --to distilled-lora or adapters, or serve it with peft_moe imported"
         )
     if to not in ("native", fits):
         raise PeftMoeError(f"to={to!r}: the layers of {base} are those of {fits}; use --to {fits}")
@@ -205,7 +205,7 @@ def _terms(mixture: Mixture, kind: str) -> tuple[list[Terms], Terms, bool, list[
     if not whole:
         obstacles.append(
             Obstacle(
-                f"norm_topk_prob=False leaves what the gates leave to the base, and {kind} has no expert for it",
+                f"norm_topk_prob=False leaves what the gates leave to the base, and {kind} cannot",
                 "the kept weights are divided by their sum",
             )
         )
@@ -235,7 +235,7 @@ def _base_obstacles(plan: NativePlan) -> list[Obstacle]:
     biases = [n for n in plan.base.tensors if n.startswith("model.layers.") and n.endswith(".bias")]
     if plan.kind == "mixtral" and biases:
         found.append(Obstacle(f"the base has biases ({biases[0]}), and Mixtral has none"))
-    if any(_FFN.fullmatch(name.removesuffix(".bias")) for name in biases) and plan.kind != "mixtral":
+    if any(FFN.fullmatch(name.removesuffix(".bias")) for name in biases) and plan.kind != "mixtral":
         found.append(Obstacle("the base's feed-forward networks have biases, and those of experts have none"))
     kinds = set(getattr(config, "layer_types", None) or [])
     if plan.kind == "qwen3-moe" and len(kinds) > 1:
@@ -255,4 +255,4 @@ def _refuse(plan: NativePlan, approximate: bool) -> None:
     else:
         does = "; ".join(dict.fromkeys(str(one.instead) for one in plan.obstacles))
         ways = f"--approximate writes a model that is near it and measures the gap ({does})"
-    raise PeftMoeError(f"{plan.mixture.label} is no {_CLASSES[plan.kind]}: {reasons}. What works: {ways}")
+    raise PeftMoeError(f"{plan.mixture.label} is no {CLASSES[plan.kind]}: {reasons}. What works: {ways}")

@@ -25,9 +25,9 @@ class ExportReport:
             it is not known.
         module_errors: the same by module, where ranks were cut.
         notes: what a user should know.
-        measured: of a distillation, or a native MoE: texts, and KL, loss and agreement with the mixture on held-out ones, for
-            base, start, distilled LoRA and mixture; or for the native model, with the largest difference of
-            logits.
+        measured: of a distillation: texts, and KL, loss and agreement with the mixture on held-out ones, for
+            base, start, distilled LoRA and mixture. Of a native MoE the same for it and the mixture, and the
+            largest difference of logits.
     """
 
     kind: str

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ def write_shards(
     total, free = sum(piece.num_bytes for piece in pieces), shutil.disk_usage(folder).free
     if total > free:
         raise PeftMoeError(
-            f"the export takes {total / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB left; free some, "
-            "or choose another folder"
+            f"the export takes {total / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB left; free "
+            "some, or choose another folder"
         )
     shards = _packed(pieces, most_bytes)
     count = len(shards)
@@ -122,4 +122,5 @@ def _write_one(file: BinaryIO, piece: Piece) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise PeftMoeError(f"{piece.name} overflows in {str(piece.dtype)[6:]}; use 'bfloat16' or 'float32'")
     tensor = tensor.detach().cpu().contiguous()
-    file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    file.write(data)

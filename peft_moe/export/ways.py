@@ -89,17 +89,23 @@ def export(
     report = ExportReport(to, found.label, place, base or found.base, found.config.expert_names)
     if to in NATIVE_KINDS:
         return _native(found, report, to, given, kept)
-    with new_folder(place) as folder:
+    _write(found, report, given, kept)
+    return report
+
+
+def _write(found: Mixture, report: ExportReport, given: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    gates, rank, base, to = given["gates"], given["rank"], given["base"], report.kind
+    with new_folder(report.out) as folder:
         if to == "lora":
-            export_lora(found, folder, report, gates=gates, rank=rank, dtype=kept)
+            export_lora(found, folder, report, gates=gates, rank=rank, dtype=dtype)
         elif to == "merged":
-            export_merged(found, folder, report, gates=gates, base=base, dtype=kept)
+            export_merged(found, folder, report, gates=gates, base=base, dtype=dtype)
         elif to == "adapters":
             export_adapters(found, folder, report)
         else:
-            export_distilled(found, folder, report, rank=rank, base=base, dtype=kept, how=distillation)
+            how = given["distillation"]
+            export_distilled(found, folder, report, rank=rank, base=base, dtype=dtype, how=how)
         write_json(folder / REPORT_FILE, report.to_dict())
-    return report
 
 
 def _native(
