@@ -25,6 +25,7 @@ from ..experts.extract_files import write_json
 from .base import take_along
 from .native_gap import Evidence, measure_gap
 from .native_plan import CLASSES, FFN, NativePlan, Terms, make_plan
+from .native_servers import half_open, server_notes
 from .report import ExportReport
 from .shards import Piece, write_shards
 from .source import Mixture
@@ -121,11 +122,10 @@ class Weights:
             own: Terms = terms if layer in plan.gates else ((None, 1.0),)
             yield from self._expert(f"{prefix}.experts.{number}", layer, own, plan.expert_size, names)
         if plan.kind == "qwen2-moe":
-            # The sigmoid of 0 is 1/2.
             doubled = tuple((e, 2.0 * factor) for e, factor in plan.shared)
             yield from self._expert(f"{prefix}.shared_expert", layer, doubled, plan.shared_size, names)
             name = f"{prefix}.shared_expert_gate.weight"
-            yield self._piece(name, (1, hidden), lambda: torch.zeros(1, hidden))
+            yield self._piece(name, (1, hidden), lambda: half_open(hidden, self.dtype))
 
     def _expert(self, prefix: str, layer: int, terms: Terms, size: int, names: list[str]) -> Iterator[Piece]:
         hidden = int(self.plan.base_config.hidden_size)
@@ -241,4 +241,5 @@ def _notes(plan: NativePlan, weights: Weights) -> list[str]:
             f"The mixture was made on a base in {made_on}; here it stands on {plan.base.location} in full "
             "precision, whose hidden states differ a little: measure before you rely on it (--data)."
         )
+    notes += server_notes(plan)
     return notes + [f"Approximated: {one.reason}: {one.instead}." for one in plan.obstacles]

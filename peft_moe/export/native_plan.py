@@ -3,7 +3,7 @@
     y = FFN(x) + Σ_shared (FFN_s - FFN) + λ Σ_k p_k (FFN_k - FFN)
 
 is what a mixture computes. Where the routed weights sum to 1 and nothing is shared, that is Σ p_k FFN_k, any
-MoE. Qwen2-MoE has a shared expert too, whose sigmoid gate is 1/2 at weights of zero: with its last matrix
+MoE. Qwen2-MoE has a shared expert too, whose sigmoid gate is 1/2 at tiny weights: with its last matrix
 doubled it adds any sum of networks side by side, so that there the rest can be said exactly, too.
 """
 

@@ -182,6 +182,18 @@ def test_it_needs_nothing_of_ours_and_generates_the_same(zoo: Zoo, name: str, tm
     assert done.stdout.strip() == "same"
 
 
+def test_what_servers_do_otherwise_is_said(zoo: Zoo, tmp_path: Path) -> None:
+    _, report = native(zoo, "qwen2", mixed(zoo, "qwen2"), tmp_path / "sparse")
+    assert sum(note.startswith("Servers: ") for note in report.notes) == 2  # divided weights, tied embeddings
+    gate = load_file(tmp_path / "sparse" / "out" / "model.safetensors")
+    # llama.cpp makes a sigmoid of silu(s)/s, which is NaN at 0.
+    assert bool((gate["model.layers.0.mlp.shared_expert_gate.weight"] > 0).all())
+    half = native(zoo, "qwen2", mixed(zoo, "qwen2"), tmp_path / "half", dtype="float16")[0]
+    assert all(bool((layer.mlp.shared_expert_gate.weight > 0).all()) for layer in half.model.layers)
+    _, report = native(zoo, "llama", mixed(zoo, "llama"), tmp_path / "llama")
+    assert not any(note.startswith("Servers: ") for note in report.notes)
+
+
 def test_dense_experts(zoo: Zoo, tmp_path: Path) -> None:
     # Of full rank, as those that come from whole models: ΔW on one side, an identity on the other.
     rank = {"r": 64, "lora_alpha": 64}
