@@ -21,6 +21,8 @@ from peft_moe.evaluation.bakeoff.statistics import (
     ratio,
 )
 
+from ..papers import HELD, OPEN
+from ..papers import NOT as FAILED
 from .text import NONE, RIGHT, SEEN, UNSEEN, WRONG
 
 MARGIN = 0.02
@@ -28,7 +30,6 @@ MARGIN = 0.02
 FASTER = -0.1
 """Of the time: what a shared machine's clock can tell for sure."""
 DRAWS = 2000
-HELD, FAILED, OPEN = "held", "did not hold", "not decidable here"
 Cells = Mapping[tuple[str, int], Mapping[str, Any]]
 """(system, seed) → what its score file holds."""
 CLAIM, BEYOND, CHECK = "claim", "beyond the paper", "check"

@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
+from transformers import AutoTokenizer
 
+from ..card import is_on_hub
 from ..errors import PeftMoeError
 from ..experts.checkpoint import MODEL_CONFIG, Checkpoint, quiet_transformers
 from ..experts.sources import find_source
@@ -54,6 +57,24 @@ def load_on_base(
             checkpoint.folder, dtype="auto" if dtype is None else dtype, trust_remote_code=False
         )
         return PeftModel.from_pretrained(model, str(mixture.folder)).eval(), checkpoint.folder
+
+
+def find_tokenizer(places: Sequence[Any], instead: str) -> Any:
+    """The tokenizer of the first of these places that has one.
+
+    Args:
+        places: folders or Hub ids, of the mixture and of its base; empty ones are passed over.
+        instead: what else the user can give, for the message.
+
+    Raises:
+        PeftMoeError: none has one.
+    """
+    for place in places:
+        if place and (Path(place, "tokenizer_config.json").is_file() or is_on_hub(str(place))):
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    raise PeftMoeError(
+        f"neither the mixture nor its base has a tokenizer; save it in one of the two folders, or {instead}"
+    )
 
 
 def packed_files(base: str | None) -> str | None:

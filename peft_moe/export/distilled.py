@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
-from ..card import is_on_hub
 from ..errors import PeftMoeError
 from ..experts.headers import tensor_key
 from ..sharing import MODEL_SEAT
 from .adapter_files import lora_fields, write_adapter
-from .base import load_on_base, packed_files, take_along
+from .base import find_tokenizer, load_on_base, packed_files, take_along
 from .lora import Folded, beside, lora_card
 from .report import ExportReport
 from .source import Mixture
@@ -111,7 +110,8 @@ def export_distilled(
     train, heldout = _texts(how)
     teacher, source = _teacher(mixture, base, report)
     training = teacher.training
-    tokenizer = how.tokenizer or _tokenizer(mixture, source)
+    places = (mixture.folder, source)
+    tokenizer = how.tokenizer or find_tokenizer(places, "give it as Distillation(tokenizer=…)")
     with tempfile.TemporaryDirectory() as scratch:
         # A first trainer prepares the texts, on which the mixture's mean gates are counted.
         arguments = sft_config(_arguments(how, scratch))
@@ -175,16 +175,6 @@ def _teacher(mixture: Mixture, base: str | None, report: ExportReport) -> tuple[
     if packed is not None:
         raise PeftMoeError(f"{packed}; load base and mixture yourself, and give the model to export()")
     return load_on_base(mixture, base or mixture.base, None, report)
-
-
-def _tokenizer(mixture: Mixture, source: str) -> Any:
-    for place in (str(mixture.folder or ""), source):
-        if Path(place, "tokenizer_config.json").is_file() or is_on_hub(place):
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    raise PeftMoeError(
-        f"neither {mixture.label} nor its base {source!r} has a tokenizer; save it in one of the two "
-        "folders, or give it as Distillation(tokenizer=…)"
-    )
 
 
 def _arguments(how: Distillation, scratch: str) -> dict[str, Any]:

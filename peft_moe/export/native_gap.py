@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from ..card import is_on_hub
 from ..errors import PeftMoeError
 from ..experts.checkpoint import quiet_transformers
 from ..routing import Routing, record_routing
 from ..sharing import MODEL_SEAT
-from .base import load_on_base
+from .base import find_tokenizer, load_on_base
 from .native_gates import Gate
 from .native_plan import NativePlan
 from .report import ExportReport
@@ -161,7 +160,8 @@ def token_rows(data: Any, places: Sequence[Any]) -> list[Tensor]:
         rows = list(data)
     else:
         texts = list(BUILT_IN) if data is None else _texts(data)
-        rows = [torch.tensor(ids) for ids in _tokenizer(places)(texts)["input_ids"]]
+        tokenizer = find_tokenizer(places, "give token ids [N, T] as `data`")
+        rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
     rows = [row[:MAX_TOKENS] for row in rows if len(row) > 1][:MAX_TEXTS]
     if len(rows) < 2:
         raise PeftMoeError(f"data: {len(rows)} texts of two tokens or more; give at least 2")
@@ -181,16 +181,6 @@ def _one_text(row: Any) -> str:
     if "messages" in row:
         return "\n".join(str(message["content"]) for message in row["messages"])
     return str(row["text"]) if "text" in row else f"{row['prompt']}{row['completion']}"
-
-
-def _tokenizer(places: Sequence[Any]) -> Any:
-    for place in places:
-        if place and (Path(place, "tokenizer_config.json").is_file() or is_on_hub(str(place))):
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    raise PeftMoeError(
-        "neither the mixture nor its base has a tokenizer, which a measurement on texts needs; save it in "
-        "one of the two folders, or give token ids [N, T] as `data`"
-    )
 
 
 def logits_of(model: Any, row: Tensor) -> Tensor:
