@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.adapters import Recipe
 from support.batches import logits_of
+from support.training import samples, tokenizer
 from support.zoo import Zoo
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -322,6 +323,29 @@ def test_experts_in_the_attention_are_merged_at_their_mean(zoo: Zoo, tmp_path: P
 def _config(base: Path, **changes: Any) -> None:
     path = base / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("texts", [True, False], ids=["data", "built-in texts"])
+def test_an_approximation_from_the_command_line(zoo: Zoo, texts: bool, tmp_path: Path) -> None:
+    folder = saved(mixed(zoo, "llama", **BIASED), tmp_path / "mixture")
+    tokenizer().save_pretrained(folder)
+    words = ["export", folder, "--to", "native", "--base", zoo.saved_base("llama"), "--json"]
+    words += ["--max-shard-size", "200KB"]
+    refused = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "exact")])
+    assert refused.exit_code != 0
+    assert not (tmp_path / "exact").exists()
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in samples(12)))
+    words += ["--approximate", *(["--data", str(rows)] if texts else [])]
+    found = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert report["measured"]["texts"] == (
+        {"fitted": 6, "held_out": 6} if texts else {"fitted": 5, "held_out": 5}
+    )
+    assert report["measured"]["held_out"]["native"]["kl"] > 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_bases_that_no_native_model_has(zoo: Zoo, tmp_path: Path) -> None:
