@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from support.zoo import Zoo
@@ -23,6 +25,24 @@ hypothesis.settings.register_profile(
     "long", max_examples=int(os.environ.get("PEFT_MOE_EXAMPLES", "10000")), deadline=None, print_blob=True
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "push"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Every fixture draws the same numbers, whichever tests ran before it in this process."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Every test draws the same numbers, alone and in any company."""
+    _seed()
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

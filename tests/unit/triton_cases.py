@@ -90,9 +90,13 @@ def test_dense_gates(rows, ranks):
         x, leaf = m.x.clone().requires_grad_(), gates.clone().requires_grad_()
         direction = torch.randn(23, 36)
         mixed = mix_fused(x, m.a, m.b, m.ranks, m.base, leaf)
-        found = torch.autograd.grad(mixed, (x, leaf), direction)
-        for one, other in zip(found, m.wanted_gradients(direction, gates), strict=True):
-            assert distance(one, other) <= FLOAT32
+        dx, dgates = torch.autograd.grad(mixed, (x, leaf), direction)
+        wanted_dx, wanted_dg = m.wanted_gradients(direction, gates)
+        assert distance(dx, wanted_dx) <= FLOAT32
+        # One row's gradient is the sum of every token's, which may cancel: the bound is of what is summed.
+        each = m.wanted_gradients(direction, gates.expand(23, -1))[1]
+        summed = each.abs().sum(0).max() if rows == 1 else each.abs().max()
+        assert (dgates.double() - wanted_dg).abs().max() <= FLOAT32 * summed
 
 
 @pytest.mark.parametrize(("dtype", "bound"), NARROW)
