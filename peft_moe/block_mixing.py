@@ -32,7 +32,7 @@ from .feed_forward import FeedForward, feed_forwards_of, find_feed_forwards
 from .linear import linear_sizes, per_token
 from .ops.branches import meet, meet_delta, part, with_rest
 from .routers import Router
-from .routing import Routing, current_context
+from .routing import Routing, RoutingContext, current_context
 from .sharing import BLOCK_SEAT, BlockRouter, SharedRouter
 from .slots import Slot
 
@@ -170,7 +170,7 @@ def _enter(seat: BlockRouter, name: str, module: nn.Module, args: tuple[Any, ...
             continue
         branches = _running_in(seat.name, adapter)
         if branches is None or name in branches.entered:
-            branches = _decide(decider, adapter, seat, args[0])
+            branches = _decide(decider, adapter, seat, args[0], context)
             _running.set(branches)
         branches.entered.add(name)
 
@@ -180,10 +180,11 @@ def _running_in(home: str, adapter: str) -> Branches | None:
     return branches if branches is not None and (branches.home, branches.adapter) == (home, adapter) else None
 
 
-def _decide(decider: Decider, adapter: str, seat: BlockRouter, x: Tensor) -> Branches:
+def _decide(
+    decider: Decider, adapter: str, seat: BlockRouter, x: Tensor, context: RoutingContext | None
+) -> Branches:
     router: Any = dict(seat.molora_router).get(adapter)
-    routing = decider.decide(adapter, seat.name, x, router)
-    context = current_context()
+    routing = decider.decide(adapter, seat.name, x, router, context)
     limited = context is not None and (context.gates is not None or adapter in context.limits)
     rest = "apart" if limited else rest_goes(decider.config)
     ids_NK, weights_NK = _chosen(routing, x)

@@ -11,7 +11,7 @@ from .errors import PeftMoeError
 from .limits import refuse_unheard
 from .model_router import model_decision
 from .routers import Router
-from .routing import Routing, current_context
+from .routing import Routing, RoutingContext
 from .sharing import block_decision, take_decision
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ class Decider:
     scope: str
     below_tap: bool = False
 
-    def decide(self, adapter: str, name: str, x: Tensor, router: Router | None) -> Routing:
+    def decide(
+        self, adapter: str, name: str, x: Tensor, router: Router | None, context: RoutingContext | None
+    ) -> Routing:
         """The decision for the running call.
 
         Args:
@@ -40,22 +42,22 @@ class Decider:
             name: of the place.
             x: its input, [..., I].
             router: its own, for scope "module".
+            context: of the running call.
 
         Raises:
             PeftMoeError: gates of another length were given, or nobody decides in this call.
         """
-        context = current_context()
         if context is None:
             refuse_unheard(name)
-        if context is not None and context.gates is not None:
+        elif context.gates is not None:
             return self._given(context.gates)
         if self.scope == "model":
             return model_decision(adapter, name, below_tap=self.below_tap)
-        tokens_BTI = x if x.dim() == 3 else x.reshape(*_rows(name, x), x.shape[-1])
+        tokens_BTI = x if x.dim() == 3 else x.reshape(*_rows(name, x, context), x.shape[-1])
         if self.scope == "block":
-            return block_decision(adapter, tokens_BTI, name)
+            return block_decision(adapter, tokens_BTI, name, context)
         assert router is not None, "scope 'module' has a router at each place"
-        return take_decision(router, adapter, name, tokens_BTI)
+        return take_decision(router, adapter, name, tokens_BTI, context)
 
     def _given(self, gates_B1E: Tensor) -> Routing:
         experts = self.config.num_experts
@@ -67,9 +69,9 @@ class Decider:
         return Routing(gates=gates_B1E)
 
 
-def _rows(name: str, x: Tensor) -> tuple[int, int]:
+def _rows(name: str, x: Tensor, context: RoutingContext | None) -> tuple[int, int]:
     """B and T of flat tokens; loose ones, as a sparse base's expert is given, are one row."""
-    context, tokens = current_context(), x.numel() // x.shape[-1]
+    tokens = x.numel() // x.shape[-1]
     shape = context.shape if context is not None else None
     if shape is not None and shape[0] * shape[1] == tokens and ".experts." not in name:
         return shape

@@ -19,12 +19,12 @@ from .deciding import Decider
 from .errors import PeftMoeError
 from .experts.held import held_rows, hold, trained_part
 from .limits import refuse_merged, refuse_passing
-from .linear import as_linear, linear_sizes, per_token
+from .linear import as_linear, gives_new_memory, keep_at_hand, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
 from .ops import RankMap, folded_delta, mix
 from .requantise import read_weight, write_weight
 from .routers import Router
-from .routing import Routing, current_context
+from .routing import Routing, RoutingContext, current_context
 from .sharing import MixtureLayer
 
 
@@ -65,6 +65,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.held: dict[str, Tensor | None] = {}
         # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
         self.awaited: set[str] = set()
+        keep_at_hand(self, "molora_A", "molora_B", "molora_router")
         self._start_empty()
 
     def add_mixture(
@@ -129,47 +130,60 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active mixture's; [..., I] to [..., O]."""
-        if self.disable_adapters and self.merged:
+        disabled, merged = self._disable_adapters, self.merged_adapters
+        if disabled and merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
+        base_layer: nn.Module = self.base_layer
+        result = base_layer(x, *args, **kwargs)
         context = current_context()
-        if self.merged and not self.disable_adapters:
+        if merged and not disabled:
             refuse_merged(self.name, context)
-        if self.disable_adapters or self.merged or (context is not None and context.probing):
+        if disabled or merged or (context is not None and context.probing):
             return result
+        overwrite = gives_new_memory(base_layer)
         for adapter in self.adapters_now():
             if adapter in self.molora_A:
-                result = self._mix(adapter, x, result)
+                result = self._mix(adapter, x, result, context, overwrite)
         return result
 
-    def _mix(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def _mix(
+        self, adapter: str, x: Tensor, result: Tensor, context: RoutingContext | None, overwrite: bool
+    ) -> Tensor:
         if adapter in self.awaited:
             self._check_arrived(adapter)
         if adapter in self.members:
             return mix_in_block(self, adapter, x, result)
-        rows = rows_of(adapter, x, self.name)
-        router: Any = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
-        routing = self.deciders[adapter].decide(adapter, self.name, x, router)
+        rows, routers = rows_of(adapter, x, self.name), self.molora_router
+        router: Any = routers[adapter] if adapter in routers else None  # noqa: SIM401  # ModuleDict has no get
+        routing = self.deciders[adapter].decide(adapter, self.name, x, router, context)
         if rows is None:
-            return self._apply_experts(adapter, routing, x, result)
-        part = self._apply_experts(adapter, narrow(routing, rows, x), x[rows], result[rows])
+            return self._apply_experts(adapter, routing, x, result, overwrite)
+        part = self._apply_experts(adapter, narrow(routing, rows, x), x[rows], result[rows], True)
         return result.index_copy(0, rows, part)
 
-    def _apply_experts(self, adapter: str, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
+    def _apply_experts(
+        self, adapter: str, routing: Routing, x: Tensor, result: Tensor, overwrite: bool
+    ) -> Tensor:
         tokens = x.numel() // x.shape[-1]
         A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
+        base_NO = result.reshape(tokens, result.shape[-1])
+        wide = routing.widened
+        wide_NI = wide[1].view(tokens, -1) if wide is not None and wide[0] is x else None
         mixed_NO = mix(
             x.reshape(tokens, x.shape[-1]),
             *trained_part(A, B, self.held.get(adapter)),
             None if routing.expert_ids is not None else per_token(routing.gates, x, tokens),
             self.rank_maps[adapter],
-            result.reshape(tokens, result.shape[-1]),
+            base_NO,
             expert_ids_NK=per_token(routing.expert_ids, x, tokens),
             weights_NK=per_token(routing.expert_weights, x, tokens),
             abstains=routing.abstains,
             backend=self.backends[adapter],
+            overwrite=overwrite,
+            wide_NI=wide_NI,
         )
-        return mixed_NO.view(result.shape)
+        written = mixed_NO is base_NO and result.is_contiguous()
+        return result if written else mixed_NO.view(result.shape)
 
     def _check_arrived(self, adapter: str) -> None:
         # Such experts start empty or as NaN; whoever loads them overwrites all of it, on whatever path.

@@ -19,7 +19,7 @@ from .empty_weights import is_empty
 from .errors import PeftMoeError
 from .mixed_batch import named_adapters
 from .routers import Router
-from .routing import Routing, current_context, report
+from .routing import Routing, RoutingContext, report
 from .slots import Slot
 
 MODEL_SEAT = "shared_router"
@@ -165,13 +165,14 @@ class BlockRouter(SharedRouter):
             _block_call.set(call.parent)
 
 
-def block_decision(adapter: str, x: Tensor, layer_name: str) -> Routing:
+def block_decision(adapter: str, x: Tensor, layer_name: str, context: RoutingContext | None) -> Routing:
     """The decision of the block that is being called, taken from ``x`` if it is the first to ask.
 
     Args:
         adapter: the adapter's name.
         x: the asking layer's input, [B, T, I].
         layer_name: for messages.
+        context: of the running call.
 
     Raises:
         PeftMoeError: no block is being called (its ``forward`` was called directly), or the asking
@@ -191,11 +192,13 @@ def block_decision(adapter: str, x: Tensor, layer_name: str) -> Routing:
                 f"{layer_name}: its input has {x.shape[-1]} features, the router of block "
                 f"{call.block.name} reads {router.in_features}; use router_scope='module'"
             )
-        call.decisions[key] = take_decision(router, adapter, call.block.name, x)
+        call.decisions[key] = take_decision(router, adapter, call.block.name, x, context)
     return call.decisions[key]
 
 
-def take_decision(router: Router, adapter: str, name: str, x: Tensor) -> Routing:
+def take_decision(
+    router: Router, adapter: str, name: str, x: Tensor, context: RoutingContext | None
+) -> Routing:
     """Ask a router of scope "module" or "block", or follow what it decided for the prompt.
 
     Args:
@@ -203,8 +206,8 @@ def take_decision(router: Router, adapter: str, name: str, x: Tensor) -> Routing
         adapter: the adapter's name.
         name: of the module or block.
         x: its input, [B, T, I].
+        context: of the running call.
     """
-    context = current_context()
     if (router.pools or router.runs) and context is not None:
         routing = context.decide(adapter, name, lambda before: router(x, context, before=before))
     else:

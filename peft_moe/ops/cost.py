@@ -54,7 +54,7 @@ def check_backend(name: str) -> None:
 
 def facts_of(operands: Operands) -> Facts:
     """What a call's tensors say of it, without their numbers."""
-    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, _ = operands
+    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = operands
     trains = set()
     if torch.is_grad_enabled():
         wanted = {"x": (x_NI,), "experts": (A_RI, B_RO), "gates": (gates,), "base": (base_NO,)}

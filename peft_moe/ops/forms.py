@@ -32,6 +32,8 @@ class Operands(NamedTuple):
     ids: Tensor | None  # [N, K] or [1, K]
     weights: Tensor | None  # as ids
     abstains: bool = True  # whether "no expert" may be among the ids
+    overwrite: bool = False  # whether the sum may take the place of ``base``
+    wide: Tensor | None = None  # x in float32, where it is at hand
 
     def dense(self) -> Tensor:
         """Gates of all experts, [N, E] or [1, E]."""
@@ -108,8 +110,18 @@ def product_dtype(x_NI: Tensor, A_RI: Tensor) -> torch.dtype:
     return wide
 
 
-def add_product(base_NO: Tensor, hg_NR: Tensor, B_RO: Tensor) -> Tensor:
-    """``base + hg B``: summed once, in the dtype of the base."""
+def add_product(
+    base_NO: Tensor, hg_NR: Tensor, B_RO: Tensor, overwrite: bool, scaling: float = 1.0
+) -> Tensor:
+    """``base + scaling · hg B``: summed once, in the dtype of the base, and in its place if allowed."""
     if base_NO.dtype == hg_NR.dtype == B_RO.dtype:
-        return torch.addmm(base_NO, hg_NR, B_RO)
-    return (base_NO + hg_NR @ B_RO).to(base_NO.dtype)
+        into = base_NO.addmm_ if overwrite else base_NO.addmm
+        return into(hg_NR, B_RO, alpha=scaling)
+    return add(base_NO, hg_NR @ B_RO, overwrite, scaling)
+
+
+def add(base_NO: Tensor, delta_NO: Tensor, overwrite: bool, scaling: float = 1.0) -> Tensor:
+    """``base + scaling · delta``, in the same way."""
+    if overwrite:
+        return base_NO.add_(delta_NO, alpha=scaling)
+    return base_NO.add(delta_NO, alpha=scaling).to(base_NO.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .constants import Constants
-from .forms import Facts, Operands, add_product, product_dtype
+from .forms import Facts, Operands, add, add_product, product_dtype
 from .ranks import RankMap
 
 # On a CPU a narrow product costs some ten microseconds before it starts, a float32 one about one.
@@ -52,7 +52,7 @@ class Gather:
 
     def mix(self, operands: Operands) -> Tensor:
         """``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
-        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, abstains = operands
+        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, abstains, overwrite, wide_NI = operands
         assert ids_SK is not None, "supports() has seen to it"
         (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
         wide = product_dtype(x_NI, A_RI)
@@ -60,8 +60,13 @@ class Gather:
             work = 2 * tokens * chosen * ranks.width * (width + out)
             wide = torch.float32 if work < _FEW_FLOPS else wide
         A_SRI, B_SRO, absent = _slabs(A_RI, B_RO, ids_SK, ranks, abstains)
-        x_NI, A_SRI, B_SRO = x_NI.to(wide), A_SRI.to(wide), B_SRO.to(wide)
-        weights_SK1 = ranks.scale_chosen(weights_SK, ids_SK).unsqueeze(-1)
+        x_NI = wide_NI if wide == torch.float32 and wide_NI is not None else x_NI.to(wide)
+        A_SRI, B_SRO = A_SRI.to(wide), B_SRO.to(wide)
+        # One scaling for all experts goes into the sum, where it costs nothing.
+        scaling = ranks.one_scaling
+        if scaling is None:
+            scaling, weights_SK = 1.0, ranks.scale_chosen(weights_SK, ids_SK)
+        weights_SK1 = weights_SK.unsqueeze(-1)
         if weights_SK1.dtype != wide:
             weights_SK1 = weights_SK1.to(wide)
         if sets == 1:
@@ -72,9 +77,9 @@ class Gather:
         if absent is not None:
             hg_NKW = hg_NKW.masked_fill(absent, 0.0)
         if sets == 1:
-            return add_product(base_NO, hg_NKW.view(h_NR.shape), B_SRO.view(-1, out))
+            return add_product(base_NO, hg_NKW.view(h_NR.shape), B_SRO.view(-1, out), overwrite, scaling)
         delta_N1O = torch.bmm(hg_NKW.view(sets, 1, -1), B_SRO.view(sets, -1, out))
-        return (base_NO + delta_N1O[:, 0]).to(base_NO.dtype)
+        return add(base_NO, delta_N1O[:, 0], overwrite, scaling)
 
 
 def _slabs(

@@ -57,7 +57,7 @@ class Grouped:
         given = (operands.x, operands.A, operands.B, weights.expand(tokens, -1))
         rest = (operands.base, ids.expand(tokens, -1), operands.ranks, wide)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
-            return _forward(*given, *rest)[0]
+            return _forward(*given, *rest, operands.overwrite)[0]
         out_NO: Tensor = _Grouped.apply(*given, *rest)  # type: ignore[no-untyped-call]  # torch's own
         return out_NO
 
@@ -91,6 +91,7 @@ def _forward(
     ids_NK: Tensor,
     ranks: RankMap,
     wide: torch.dtype,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Groups]:
     """The output, h at the chosen pairs [P, W], and their order."""
     device = x_NI.device.type
@@ -100,7 +101,8 @@ def _forward(
     groups = group(ids_NK, ranks, native, wide)
     h_PW = groups.up(x_NI.to(wide), A_RI.to(wide))
     hg_PW = _gated(h_PW, weights_NK, ids_NK, groups)
-    return groups.down(hg_PW, B_RO.to(wide), base_NO.clone()), h_PW, groups
+    out_NO = base_NO if overwrite else base_NO.clone()
+    return groups.down(hg_PW, B_RO.to(wide), out_NO), h_PW, groups
 
 
 def _gated(h_PW: Tensor, weights_NK: Tensor, ids_NK: Tensor, groups: Groups) -> Tensor:

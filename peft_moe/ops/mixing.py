@@ -28,6 +28,8 @@ def mix(
     weights_NK: Tensor | None = None,
     abstains: bool = True,
     backend: str | None = None,
+    overwrite: bool = False,
+    wide_NI: Tensor | None = None,
 ) -> Tensor:
     """``base + Σ_e gate_e · scaling_e · (x Aₑᵀ) Bₑ``.
 
@@ -47,6 +49,9 @@ def mix(
         weights_NK: the gates of these, in the same shape; gradients for the gates go here then.
         abstains: whether "no expert" may be among the chosen; False saves looking for it.
         backend: a form's name; None or "auto" takes the cheapest one.
+        overwrite: the caller has no more use for ``base_NO``: where there is no graph, and the form can, the
+            sum takes its place. Saves an [N, O] and a pass over it.
+        wide_NI: ``x_NI`` in float32, where it is at hand.
 
     Returns:
         [N, O].
@@ -56,19 +61,24 @@ def mix(
     """
     if weights_NK is None:
         assert gates_NE is not None, "gates for all experts, or the chosen ones"
-        operands = Operands(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False)
+        chosen: tuple[Tensor | None, Tensor | None, bool] = None, None, False
+        gates = gates_NE
     else:
         assert expert_ids_NK is not None, "weights of whom?"
-        operands = Operands(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, expert_ids_NK, weights_NK, abstains)
+        chosen = expert_ids_NK, weights_NK, abstains
+        gates = weights_NK
     if ranks.total == 0 or x_NI.shape[0] == 0:
         return base_NO
+    # A compiler decides by itself where a sum goes.
+    overwrite = overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    operands = Operands(x_NI, A_RI, B_RO, gates, ranks, base_NO, *chosen, overwrite, wide_NI)
     return _choice(operands, backend).form.mix(operands)
 
 
 def _choice(operands: Operands, backend: str | None) -> Choice:
     if torch.compiler.is_compiling():
         return choose(facts_of(operands), backend)
-    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, _ = operands
+    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = operands
     device = x_NI.device.type
     grads = torch.is_grad_enabled() and (
         x_NI.requires_grad,

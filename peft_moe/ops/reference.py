@@ -54,7 +54,7 @@ class Reference:
 
     def mix(self, operands: Operands) -> Tensor:
         """As :func:`mix_reference`, with products in one dtype and the sum in that of the base."""
-        x_NI, A_RI, B_RO, _, ranks, base_NO, _, _, _ = operands
+        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
         gates_NE = operands.dense()
         wide = product_dtype(x_NI, A_RI)
         out_NO = mix_reference(x_NI.to(wide), A_RI.to(wide), B_RO.to(wide), gates_NE, ranks, base_NO)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..controls import NO_EXPERT, ROUTER, Limits
 from ..errors import PeftMoeError
+from ..linear import keep_at_hand
 from ..routing import Routing, RoutingContext
 from .pooling import pool_prompts, spread_turns
 from .registry import scorer_class
 from .running import running_features
 from .selectors import choose, constant, select
 from .settings import RouterSettings
-from .wide_linear import wide_linear, widened
+from .wide_linear import is_step, wide_linear, widened
 
 
 class Router(nn.Module):
@@ -34,6 +35,11 @@ class Router(nn.Module):
         self.settings = settings
         self.in_features = in_features
         self.scorer = scorer_class(settings.scorer)(settings, in_features)
+        keep_at_hand(self, "scorer")
+        # Whether there is one decision per prompt, taken from its pooled hidden states; and whether decisions
+        # start from the prompt and follow the text.
+        self.pools = settings.granularity == "sequence" and self.reads_hidden
+        self.runs = settings.granularity == "running" and self.reads_hidden
         # DeepSeek-V3's balancing bias (arXiv 2408.15664): moved by the trainer, not by gradients, and saved.
         self.balance_bias: Tensor | None
         bias_X = torch.zeros(settings.num_columns) if settings.bias_update_rate > 0 else None
@@ -53,16 +59,6 @@ class Router(nn.Module):
     def trainable(self) -> bool:
         """False if the scorer's weights are to stay as they are."""
         return self.scorer.trainable
-
-    @property
-    def pools(self) -> bool:
-        """Whether there is one decision per prompt, taken from its pooled hidden states."""
-        return self.settings.granularity == "sequence" and self.reads_hidden
-
-    @property
-    def runs(self) -> bool:
-        """Whether its decisions start from the prompt and follow the text."""
-        return self.settings.granularity == "running" and self.reads_hidden
 
     def forward(
         self,
@@ -92,24 +88,29 @@ class Router(nn.Module):
     def _decide(
         self, x: Tensor, context: RoutingContext | None, pool: bool, before: Tensor | None
     ) -> Routing:
+        wide_BTI = None
         if self._scores_narrow(x, pool):
             own: Any = self.scorer
-            logits_BTX = wide_linear(x, own.weight, own.bias, self.settings.input_norm)
+            normed = self.settings.input_norm
+            if not normed and is_step(x):
+                wide_BTI = widened(x, normed)
+            read_BTI = x if wide_BTI is None else wide_BTI
+            logits_BTX = wide_linear(read_BTI, own.weight, own.bias, normed)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)
         real_BT = context.real if context is not None else None
         routing = select(logits_BTX, self.settings, bias_X=self.balance_bias, real_BT=real_BT)
-        if self.runs and not pool:
+        if wide_BTI is not None:
+            routing.widened = x, wide_BTI
+        elif self.runs and not pool:
             routing.running = features_BTI.detach()
         return spread_turns(routing, context) if pool and context is not None else routing
 
     def _scores_narrow(self, x: Tensor, pool: bool) -> bool:
-        """Whether the scores come straight from ``x``, so that no wide copy of it needs to be kept."""
-        # A compiler decides by itself what is kept.
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or pool or self.runs:
-            return False
-        return self.scorer.is_linear and (self.settings.input_norm or x.dtype.itemsize < 4)
+        """Whether the scores come straight from ``x``, so that no wide copy of it is made or kept."""
+        # A compiler decides by itself what is made and kept.
+        return self.scorer.is_linear and not (pool or self.runs or torch.compiler.is_compiling())
 
     def limited(self, routing: Routing, limits: Limits | None, context: RoutingContext | None) -> Routing:
         """A decision of this router within what the caller allows, from the scores that it holds.
