@@ -199,3 +199,27 @@ def test_a_second_derivative_is_right_or_refused(form):
     else:
         first.sum().backward()
         assert leaf.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [*CHOSEN_FORMS, "folded", "dense"])
+def test_the_sum_takes_the_place_of_a_base_that_nobody_needs(form, dtype):
+    m = draw_mixture(9, 16, 24, (8, 8, 8), 2, none=False, dtype=dtype)
+    if form in CHOSEN_FORMS:
+        run = partial(
+            mix, m.x, m.a, m.b, None, m.ranks, expert_ids_NK=m.ids, weights_NK=m.weights, backend=form
+        )
+    else:
+        gates = m.dense if form == "dense" else m.dense[:1]
+        run = partial(mix, m.x, m.a, m.b, gates, m.ranks, backend="stacked" if form == "dense" else form)
+    before = m.base.clone()
+    kept = run(m.base)
+    assert torch.equal(m.base, before)
+    with torch.no_grad():
+        written = run(m.base, overwrite=True)
+    assert written.data_ptr() == m.base.data_ptr()
+    assert torch.equal(written, kept)
+    # A graph may need the base's output, and gets a sum of its own.
+    m.base = before.clone().requires_grad_()
+    assert torch.equal(run(m.base, overwrite=True), kept)
+    assert torch.equal(m.base, before)

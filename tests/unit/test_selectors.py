@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_moe.routers import RouterSettings, select
+from peft_moe.routers.selectors import SCORING_FUNCS
 
 
 def chosen(logits, **fields):
@@ -224,3 +225,15 @@ def test_the_balancing_bias_chooses_and_does_not_weigh():
     assert select(logits, options).gates.argmax() == 0
     moved = select(logits, options, bias_X=bias).gates
     assert moved.flatten().tolist() == [0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 8, 15, 16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 200)])
+def test_softmax_of_short_rows(shape, columns):
+    # Taken across where there are many, and the same to the last bits.
+    logits = (5 * torch.randn(*shape, columns)).requires_grad_()
+    direction = torch.randn(*shape, columns)
+    found, wanted = SCORING_FUNCS["softmax"](logits), torch.softmax(logits, -1)
+    torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-6)
+    grads = [torch.autograd.grad(out, logits, direction)[0] for out in (found, wanted)]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)

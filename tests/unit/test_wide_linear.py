@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.autograd import graph
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_moe.routers import wide_linear as module
 from peft_moe.routers.wide_linear import wide_linear, widened
 
 
@@ -41,4 +43,47 @@ def test_plain_autograd_agrees_and_only_the_input_is_kept(dtype: torch.dtype, no
     for one, other in zip(found, wanted, strict=True):
         # One rounding to the input's dtype apart, and float32 sums in another order.
         bound = 8e-3 if one.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(one, other, atol=bound, rtol=bound)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a float32 result has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("columns", [5, 40])
+@pytest.mark.parametrize("normed", [False, True])
+def test_many_tokens_in_parts(
+    normed: bool, columns: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PART_BYTES", 40 * 24 * 4)  # 32 rows at a time, in whole 16
+    source = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 67, 24, generator=source).bfloat16().requires_grad_()
+    weight = torch.randn(columns, 24, generator=source).requires_grad_()
+    given = (x, weight, torch.randn(columns, generator=source).requires_grad_() if bias else None)
+    direction = torch.randn(3, 67, columns, generator=source)
+    leaves = [t for t in given if t is not None]
+    plain = functional.linear(widened(x, normed), *given[1:])
+    wanted = torch.autograd.grad(plain, leaves, direction)
+    with torch.no_grad(), Largest() as seen:
+        drawn = wide_linear(*given, normed)
+    torch.testing.assert_close(drawn, plain, atol=1e-5, rtol=1e-5)
+    assert drawn.is_contiguous()
+    # Nothing as large as the wide input.
+    assert seen.most <= max(32 * 24, drawn.numel()) < x.numel() or columns == 40
+    with Largest() as seen:
+        scores = wide_linear(*given, normed)
+        found = torch.autograd.grad(scores, leaves, direction)
+    assert seen.most <= drawn.numel() < x.numel() or columns == 40
+    assert torch.equal(scores, drawn)
+    for one, other in zip(found, wanted, strict=True):
+        bound = 8e-3 if one.dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(one, other, atol=bound, rtol=bound)

@@ -1,0 +1,104 @@
+"""What a layer saves in a step must not be seen: sums in place, shared wide copies, children at hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peft_moe.layer import MoLoraLayer
+from peft_moe.linear import gives_new_memory, keep_at_hand
+from peft_moe.routers import base as router_base
+
+IDS = torch.tensor([[5, 9, 3, 7, 11]])
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def some_layer(model: nn.Module) -> MoLoraLayer:
+    return next(m for m in model.modules() if isinstance(m, MoLoraLayer))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_who_hooks_a_base_layer_keeps_what_it_gave(zoo, architecture):
+    model = zoo.mixture(architecture, "top2")
+    layer = some_layer(model)
+    assert gives_new_memory(layer.base_layer)  # so that without a hook it is overwritten
+    quiet = logits_of(model)
+    seen: list[Any] = []
+    handle = layer.base_layer.register_forward_hook(lambda m, args, out: seen.append((out, out.clone())))
+    assert torch.equal(logits_of(model), quiet)
+    handle.remove()
+    kept, then = seen[0]
+    assert torch.equal(kept, then)
+
+
+def test_no_other_module_is_overwritten(zoo):
+    class Keeps(nn.Linear):
+        """Gives what it holds."""
+
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    assert not gives_new_memory(Keeps(2, 2))
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda x: x
+    assert not gives_new_memory(patched)
+    handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+    assert not gives_new_memory(nn.Linear(2, 2))
+    handle.remove()
+    assert gives_new_memory(nn.Linear(2, 2))
+
+    model = zoo.mixture("llama", "top2")
+    wanted = logits_of(model)
+    layer = some_layer(model)
+    keeper = Keeps(layer.in_features, layer.out_features, bias=False)
+    keeper.weight = layer.base_layer.weight
+    layer.base_layer = keeper
+    assert torch.equal(logits_of(model), wanted)
+    held = keeper.last
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    logits_of(model)
+    handle.remove()
+    assert torch.equal(held, nn.functional.linear(seen[0], keeper.weight))
+
+
+@pytest.mark.parametrize("scope", ["module", "block", "model"])
+def test_a_step_with_and_without_the_shared_wide_copy(zoo, scope, monkeypatch):
+    below = {"router_below_tap": "probe"} if scope == "model" else {}
+    base = zoo.base("llama").bfloat16()
+    model = zoo.mixture("llama", "top2", base=base, router_scope=scope, backend="gather", **below)
+    model.base_model.bfloat16()
+    counted = []
+
+    def count(x):
+        counted.append(tuple(x.shape))
+        return real(x)
+
+    real = router_base.is_step
+    monkeypatch.setattr(router_base, "is_step", count)
+    shared = logits_of(model)
+    assert counted
+    monkeypatch.setattr(router_base, "is_step", lambda x: False)
+    assert torch.equal(logits_of(model), shared)
+
+
+def test_children_at_hand_follow_assignment_and_copies():
+    parent = nn.Module()
+    parent.child = nn.Linear(2, 2)
+    keep_at_hand(parent, "child")
+    assert parent.__dict__["child"] is parent.child
+    assert [name for name, _ in parent.named_modules()] == ["", "child"]
+    twin = copy.deepcopy(parent)
+    assert twin.child is twin._modules["child"] is not parent.child
+    parent.child = nn.Linear(3, 3)
+    assert parent.child.in_features == 3
+    assert "child" not in parent.__dict__
