@@ -14,12 +14,13 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .at_hand import keep_at_hand
 from .block_mixing import Member, mix_in_block
 from .deciding import Decider
 from .errors import PeftMoeError
 from .experts.held import held_rows, hold, trained_part
 from .limits import refuse_merged, refuse_passing
-from .linear import as_linear, gives_new_memory, keep_at_hand, linear_sizes, per_token
+from .linear import as_linear, gives_new_memory, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
 from .ops import RankMap, folded_delta, mix
 from .requantise import read_weight, write_weight
@@ -168,7 +169,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
         base_NO = result.reshape(tokens, result.shape[-1])
         wide = routing.widened
-        wide_NI = wide[1].view(tokens, -1) if wide is not None and wide[0] is x else None
+        wide_NI = wide[1].reshape(tokens, -1) if wide is not None and wide[0] is x else None
         mixed_NO = mix(
             x.reshape(tokens, x.shape[-1]),
             *trained_part(A, B, self.held.get(adapter)),

@@ -32,16 +32,6 @@ def gives_new_memory(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) and not hooked and "forward" not in module.__dict__
 
 
-def keep_at_hand(module: nn.Module, *names: str) -> None:
-    """Have children found as plain attributes as well.
-
-    ``nn.Module`` finds them by a search that costs half a microsecond, as much as a token's sum of two
-    vectors. Who assigns another child ends this, and it is found by the search again.
-    """
-    for name in names:
-        module.__dict__[name] = module._modules[name]
-
-
 def as_linear(weight_RX: Tensor) -> nn.Linear:
     """A module that holds a factor [R, I] or [R, O] as its weight."""
     # Made on "meta", so that no time goes into random numbers that the weight replaces at once.

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..at_hand import keep_at_hand
 from ..controls import NO_EXPERT, ROUTER, Limits
 from ..errors import PeftMoeError
-from ..linear import keep_at_hand
 from ..routing import Routing, RoutingContext
 from .pooling import pool_prompts, spread_turns
 from .registry import scorer_class
@@ -95,7 +95,7 @@ class Router(nn.Module):
             if not normed and is_step(x):
                 wide_BTI = widened(x, normed)
             read_BTI = x if wide_BTI is None else wide_BTI
-            logits_BTX = wide_linear(read_BTI, own.weight, own.bias, normed)
+            logits_BTX = wide_linear(read_BTI, own.weight, getattr(own, "bias", None), normed)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)

@@ -56,7 +56,6 @@ class GateScorer(Scorer):
     """
 
     paper = "arXiv 2401.04088"
-    bias = None
 
     def __init__(self, settings: RouterSettings, in_features: int) -> None:
         super().__init__(settings, in_features)

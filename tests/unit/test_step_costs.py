@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from peft_moe.at_hand import keep_at_hand
 from peft_moe.layer import MoLoraLayer
-from peft_moe.linear import gives_new_memory, keep_at_hand
+from peft_moe.linear import gives_new_memory
 from peft_moe.routers import base as router_base
 
 IDS = torch.tensor([[5, 9, 3, 7, 11]])
