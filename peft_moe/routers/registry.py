@@ -68,7 +68,7 @@ class Scorer(nn.Module):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the scores are ``linear(x, self.weight)``, plus ``self.bias`` if it has one, and no more."""
+        """Whether the scores are ``linear(x, self.weight)``, plus ``self.bias`` if there is one, alone."""
         return False
 
     def expect_experts(self, ranks: tuple[int, ...]) -> None:
