@@ -40,13 +40,21 @@ class Chosen:
             return rows.view(*self.ids_NK.shape, self.ranks.width)
         return values_NR.gather(1, self._from.flatten(1)).view(self._from.shape)
 
-    def put(self, values_NKW: Tensor) -> Tensor:
-        """Back on the rank axis, [N, R], with zeros at all other experts."""
+    def put(self, values_NKW: Tensor, room_NR: Tensor | None = None) -> Tensor:
+        """Back on the rank axis, [N, R], with zeros at all other experts.
+
+        Args:
+            values_NKW: as :meth:`take` gives them.
+            room_NR: what may be overwritten for it.
+        """
         tokens, total = len(self.ids_NK), self.ranks.total
         if self.ranks.equal:
-            room = values_NKW.new_zeros(tokens * self._places, self.ranks.width)
-            room.index_copy_(0, self._to, values_NKW.reshape(-1, self.ranks.width))
-            room_NR = room.view(tokens, -1)
+            if room_NR is None or self.abstains:
+                room_NR = values_NKW.new_zeros(tokens, self._places * self.ranks.width)
+            else:
+                room_NR.zero_()
+            by_expert = room_NR.view(-1, self.ranks.width)
+            by_expert.index_copy_(0, self._to, values_NKW.reshape(-1, self.ranks.width))
             return room_NR[:, :total] if self.abstains else room_NR
         room_NR = values_NKW.new_zeros(tokens, total + 1)
         return room_NR.scatter(1, self._to.flatten(1), values_NKW.flatten(1))[:, :total]

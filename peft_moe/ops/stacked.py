@@ -75,7 +75,7 @@ def _forward(
         return add_product(base_NO, hg_NR, B_RO.to(wide), overwrite), h_NR
     chosen = Chosen(ids_NK, ranks, abstains)
     h_NKW = chosen.take(h_NR)
-    hg_NR = chosen.put(chosen.weigh(h_NKW, gates))
+    hg_NR = chosen.put(chosen.weigh(h_NKW, gates), h_NR)
     return add_product(base_NO, hg_NR, B_RO.to(wide), overwrite), h_NKW
 
 

@@ -160,19 +160,21 @@ def _keep_k(
 
 def _largest(scores_BTX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores of every token, and their columns, which are distinct."""
-    # On a CPU a top-k of a few dozen columns takes up to three times as long as two searches for the largest.
+    # On a CPU a top-k of a few dozen columns takes up to three times as long as two searches for the largest;
+    # but it keeps less for a backward pass.
     some = k == 1 or (k == 2 and 8 < scores_BTX.shape[-1] <= 64)
-    if not some or not _are_many(scores_BTX):
+    learns = scores_BTX.requires_grad and torch.is_grad_enabled()
+    if learns or not some or not _are_many(scores_BTX):
         return scores_BTX.topk(k, dim=-1)
-    ids_BTK = scores_BTX.detach().max(-1, keepdim=True).indices
+    kept_BTK, ids_BTK = scores_BTX.max(-1, keepdim=True)
     if k == 2:
-        rest_BTX = scores_BTX.detach().scatter(-1, ids_BTK, -math.inf)
-        second_BT1 = rest_BTX.max(-1, keepdim=True).indices
+        next_BT1, second_BT1 = scores_BTX.scatter(-1, ids_BTK, -math.inf).max(-1, keepdim=True)
         # All others are -inf: any of them will do, but not the first once more.
         again_BT1 = (ids_BTK + 1) % scores_BTX.shape[-1]
         second_BT1 = torch.where(second_BT1 == ids_BTK, again_BT1, second_BT1)
+        kept_BTK = torch.cat([kept_BTK, next_BT1], dim=-1)
         ids_BTK = torch.cat([ids_BTK, second_BT1], dim=-1)
-    return scores_BTX.gather(-1, ids_BTK), ids_BTK
+    return kept_BTK, ids_BTK
 
 
 def _marked(scores_BTX: Tensor, ids_BTK: Tensor) -> Tensor:

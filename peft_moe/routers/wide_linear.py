@@ -54,7 +54,8 @@ def _scores(x: Tensor, weight_XI: Tensor, bias_X: Tensor | None, normed: bool) -
             parts.append((weight_XI @ wide_NI.T).T)
         else:
             parts.append(torch.addmm(bias_X[:, None], weight_XI, wide_NI.T).T)
-    return torch.cat(parts).view(*x.shape[:-1], columns)
+    scores = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    return scores.view(*x.shape[:-1], columns)
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
@@ -84,10 +85,11 @@ class _WideLinear(torch.autograd.Function):
         x, weight_XI = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         parts, dz_NX = _parts(x), dz.reshape(-1, dz.shape[-1])
-        given = zip(parts, torch.split(dz_NX, len(parts[0])), strict=True) if for_x or for_weight else ()
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if for_x else None
+        dx_parts = parts if dx is None else _parts(dx)
         dweight_XI = torch.zeros_like(weight_XI, dtype=dz.dtype) if for_weight else None
-        dx_parts = []
-        for part_NI, dpart_NX in given:
+        given = zip(parts, dx_parts, torch.split(dz_NX, len(parts[0])), strict=True)
+        for part_NI, dx_part_NI, dpart_NX in given if for_x or for_weight else ():
             wide_NI = widened(part_NI, ctx.normed) if for_weight or ctx.normed else None
             if dweight_XI is not None:
                 assert wide_NI is not None
@@ -97,9 +99,9 @@ class _WideLinear(torch.autograd.Function):
                 if ctx.normed:
                     assert wide_NI is not None
                     dx_NI = _through_norm(dx_NI, wide_NI, part_NI)
-                dx_parts.append(dx_NI.to(x.dtype))
+                dx_part_NI.copy_(dx_NI)
         return (
-            torch.cat(dx_parts).view(x.shape) if for_x else None,
+            dx,
             dweight_XI.to(weight_XI.dtype) if dweight_XI is not None else None,
             dz_NX.sum(0).to(weight_XI.dtype) if for_bias else None,
             None,

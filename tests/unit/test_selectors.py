@@ -251,14 +251,8 @@ def test_the_largest_of_many_tokens(columns, k, closed):
     if closed:  # all but one, which is another one for every token
         open_ = torch.randint(columns, (2, 150, 1))
         scores = torch.full_like(scores, -math.inf).scatter(-1, open_, scores.gather(-1, open_))
-    scores.requires_grad_()
     kept, ids = selectors._largest(scores, k)
-    wanted = scores.topk(k, dim=-1).values
-    assert torch.equal(kept, wanted)
+    assert torch.equal(kept, scores.topk(k, dim=-1).values)
     assert torch.equal(scores.gather(-1, ids), kept)
     assert k == 1 or (ids[..., 0] != ids[..., 1]).all()
     assert ((ids >= 0) & (ids < columns)).all()
-    if not closed:
-        direction = torch.randn_like(kept)
-        found, reference = (torch.autograd.grad(out, scores, direction)[0] for out in (kept, wanted))
-        assert torch.equal(found, reference)
