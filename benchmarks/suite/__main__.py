@@ -100,8 +100,8 @@ def heading(peaks: Peaks, quick: bool, seconds: float) -> str:
     kind = "Quick run: sizes too small to mean anything. " if quick else ""
     return (
         f"## Benchmark, {_now():%Y-%m-%d %H:%M} UTC\n\n{kind}{processor()}; {used}. One thread; CPU time "
-        f"of that thread; contestants take turns within a round; cells are medians (lower–upper quartile) of "
-        f"ratios within a round. Peaks measured here: {peaks}. Parity with the reference held for every "
+        f"of that thread; contestants take turns within a round, each with an uncounted call before the counted "
+        f"one; cells are medians (lower–upper quartile) of ratios within a round. Peaks measured here: {peaks}. Parity with the reference held for every "
         f"contestant. The run took {seconds / 60:.1f} minutes."
     )
 

@@ -1,7 +1,9 @@
 """Time of several variants, taken turn by turn in one process.
 
-The clock is the CPU time of one thread: other programs on the machine then cost no time, only cache. Ratios
-are taken within a round, between neighbours in time, and only then summarised.
+The clock is the CPU time of one thread: other programs on the machine then cost no time, only cache. Every
+timed call follows an uncounted one of the same variant, as in a model that runs by itself: else it would pay
+for what its neighbour left in the caches and on the heap, up to a tenth of a layer. Ratios are taken within a
+round, between neighbours in time, and only then summarised.
 """
 
 from __future__ import annotations
@@ -70,9 +72,12 @@ def ratios(times: Times, name: str, to: str) -> Spread:
 
 
 def _once(variant: Variant, inner: int) -> float:
-    if variant.before is not None:
-        variant.before()
-    start = time.thread_time()
-    for _ in range(inner):
-        variant.run()
-    return (time.thread_time() - start) / inner
+    seconds = 0.0
+    for _ in ("uncounted", "counted"):
+        if variant.before is not None:
+            variant.before()
+        start = time.thread_time()
+        for _ in range(inner):
+            variant.run()
+        seconds = (time.thread_time() - start) / inner
+    return seconds
