@@ -8,8 +8,8 @@ from torch import nn
 def keep_at_hand(module: nn.Module, *names: str) -> None:
     """Have children found as plain attributes as well.
 
-    ``nn.Module`` finds them by a search that costs half a microsecond, as much as a token's sum of two
-    vectors. Who assigns another child ends this, and it is found by the search again.
+    ``nn.Module`` finds them by a search that costs half a microsecond. Who assigns another child ends this,
+    and it is found by the search again.
     """
     for name in names:
         module.__dict__[name] = module._modules[name]

@@ -131,9 +131,9 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active mixture's; [..., I] to [..., O]."""
-        disabled, merged = self._disable_adapters, self.merged_adapters
+        disabled, merged = self.disable_adapters, self.merged_adapters
         if disabled and merged:
-            self.unmerge()
+            self.unmerge()  # which empties the list
         base_layer: nn.Module = self.base_layer
         result = base_layer(x, *args, **kwargs)
         context = current_context()
@@ -154,8 +154,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             self._check_arrived(adapter)
         if adapter in self.members:
             return mix_in_block(self, adapter, x, result)
-        rows, routers = rows_of(adapter, x, self.name), self.molora_router
-        router: Any = routers[adapter] if adapter in routers else None  # noqa: SIM401  # ModuleDict has no get
+        rows = rows_of(adapter, x, self.name)
+        router: Any = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
         routing = self.deciders[adapter].decide(adapter, self.name, x, router, context)
         if rows is None:
             return self._apply_experts(adapter, routing, x, result, overwrite)

@@ -100,8 +100,8 @@ def heading(peaks: Peaks, quick: bool, seconds: float) -> str:
     kind = "Quick run: sizes too small to mean anything. " if quick else ""
     return (
         f"## Benchmark, {_now():%Y-%m-%d %H:%M} UTC\n\n{kind}{processor()}; {used}. One thread; CPU time "
-        "of that thread; contestants take turns within a round, each with an uncounted call before the "
-        "counted one; cells are medians (lower–upper quartile) of ratios within a round. "
+        "of that thread; contestants take turns within a round, short calls after an uncounted one "
+        "of their own; cells are medians (lower–upper quartile) of ratios within a round. "
         f"Peaks measured here: {peaks}. Parity with the reference held for every contestant. "
         f"The run took {seconds / 60:.1f} minutes."
     )

@@ -1,8 +1,8 @@
 """Time of several variants, taken turn by turn in one process.
 
-The clock is the CPU time of one thread: other programs on the machine then cost no time, only cache. Every
-timed call follows an uncounted one of the same variant, as in a model that runs by itself: else it would pay
-for what its neighbour left in the caches and on the heap, up to a tenth of a layer. Ratios are taken within a
+The clock is the CPU time of one thread: other programs on the machine then cost no time, only cache. A short
+call follows an uncounted one of the same variant, as in a model that runs by itself: else it would pay for
+what its neighbour left in the caches and on the heap, up to a tenth of a layer. Ratios are taken within a
 round, between neighbours in time, and only then summarised.
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Times = dict[str, list[float]]
+# Seconds. What a neighbour leaves behind is a small part of longer calls, and the suite is to end in time.
+_SHORT = 0.03
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,16 @@ def interleave(
     """
     names = list(variants)
     start = time.process_time()
-    for name in names:
-        _once(variants[name], inner)
-    rounds = int(budget / max(time.process_time() - start, 1e-6))
+    short = {name for name in names if inner * _once(variants[name], inner) < _SHORT}
+    spent = time.process_time() - start
+    # The calls before the counted ones take their share of the budget.
+    rounds = int(budget / max(spent * (2 if len(short) > len(names) / 2 else 1), 1e-6))
     times: Times = {name: [] for name in names}
     for number in range(min(max(rounds, fewest), most)):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            if name in short:
+                _once(variants[name], inner)
             times[name].append(_once(variants[name], inner))
     return times
 
@@ -72,12 +77,9 @@ def ratios(times: Times, name: str, to: str) -> Spread:
 
 
 def _once(variant: Variant, inner: int) -> float:
-    seconds = 0.0
-    for _ in ("uncounted", "counted"):
-        if variant.before is not None:
-            variant.before()
-        start = time.thread_time()
-        for _ in range(inner):
-            variant.run()
-        seconds = (time.thread_time() - start) / inner
-    return seconds
+    if variant.before is not None:
+        variant.before()
+    start = time.thread_time()
+    for _ in range(inner):
+        variant.run()
+    return (time.thread_time() - start) / inner

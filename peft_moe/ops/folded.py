@@ -37,12 +37,12 @@ class Folded:
 
     def mix(self, operands: Operands) -> Tensor:
         """``base + (x Aᵀ) (gates ∘ B)``."""
-        x_NI, A_RI, B_RO, _, ranks, base_NO, _, _, _, overwrite, _ = operands
+        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
         wide = product_dtype(x_NI, A_RI)
         A_RI, B_RO = A_RI.to(wide), B_RO.to(wide)
         gates_R1 = ranks.expand(operands.dense()[0]).to(wide)[:, None]
         h_NR = functional.linear(x_NI.to(wide), A_RI)
-        return add_product(base_NO, h_NR, B_RO * gates_R1, overwrite)
+        return add_product(base_NO, h_NR, B_RO * gates_R1, operands.overwrite)
 
 
 def folded_delta(A_RI: Tensor, B_RO: Tensor, gates_E: Tensor, ranks: RankMap) -> Tensor:

@@ -59,19 +59,17 @@ def mix(
     Raises:
         PeftMoeError: the form that was asked for is unknown, or cannot serve this call.
     """
-    if weights_NK is None:
-        assert gates_NE is not None, "gates for all experts, or the chosen ones"
-        chosen: tuple[Tensor | None, Tensor | None, bool] = None, None, False
-        gates = gates_NE
-    else:
-        assert expert_ids_NK is not None, "weights of whom?"
-        chosen = expert_ids_NK, weights_NK, abstains
-        gates = weights_NK
     if ranks.total == 0 or x_NI.shape[0] == 0:
         return base_NO
     # A compiler decides by itself where a sum goes.
-    overwrite = overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    operands = Operands(x_NI, A_RI, B_RO, gates, ranks, base_NO, *chosen, overwrite, wide_NI)
+    own = (overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling(), wide_NI)
+    if weights_NK is None:
+        assert gates_NE is not None, "gates for all experts, or the chosen ones"
+        operands = Operands(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False, *own)
+    else:
+        assert expert_ids_NK is not None, "weights of whom?"
+        chosen = (expert_ids_NK, weights_NK, abstains)
+        operands = Operands(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, *chosen, *own)
     return _choice(operands, backend).form.mix(operands)
 
 

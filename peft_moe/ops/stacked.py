@@ -42,7 +42,7 @@ class Stacked:
 
     def mix(self, operands: Operands) -> Tensor:
         """``base + ((x Aᵀ) ∘ gates per rank) B``."""
-        x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, abstains, overwrite, _ = operands
+        x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, abstains, overwrite, *_ = operands
         if ids_NK is not None:
             gates, ids_NK = gates.expand(len(x_NI), -1), ids_NK.expand(len(x_NI), -1)
         wide = product_dtype(x_NI, A_RI)

@@ -18,13 +18,10 @@ from .settings import RouterSettings
 _SHORT_ROW, _MANY_ROWS = 16, 64
 
 
-def _are_many(rows: Tensor) -> bool:
-    many = rows.is_cpu and rows.numel() >= _MANY_ROWS * rows.shape[-1]
-    return many and not torch.compiler.is_compiling()
-
-
 def _softmax(logits: Tensor) -> Tensor:
-    if logits.shape[-1] < _SHORT_ROW and _are_many(logits):
+    columns = logits.shape[-1]
+    across = columns < _SHORT_ROW and logits.is_cpu and logits.numel() >= _MANY_ROWS * columns
+    if across and not torch.compiler.is_compiling():
         return logits.transpose(-1, -2).softmax(-2).transpose(-1, -2)
     return logits.softmax(-1)
 
@@ -122,7 +119,7 @@ def _keep_k(
         kept_BTK = dense_BTX.gather(-1, ids_BTK)
     else:
         # By the scores: large ones are all 1.0 after a sigmoid, and would tie.
-        kept_BTK, ids_BTK = _largest(scores_BTX, k)
+        kept_BTK, ids_BTK = scores_BTX.topk(k, dim=-1)
         if settings.scoring_func == "softmax" and not settings.norm_topk_prob:
             kept_BTK = scoring(scores_BTX).gather(-1, ids_BTK)
         else:
@@ -156,25 +153,6 @@ def _keep_k(
         columns=columns,
         abstains=settings.null_expert,
     )
-
-
-def _largest(scores_BTX: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest scores of every token, and their columns, which are distinct."""
-    # On a CPU a top-k of a few dozen columns takes up to three times as long as two searches for the largest;
-    # but it keeps less for a backward pass.
-    some = k == 1 or (k == 2 and 8 < scores_BTX.shape[-1] <= 64)
-    learns = scores_BTX.requires_grad and torch.is_grad_enabled()
-    if learns or not some or not _are_many(scores_BTX):
-        return scores_BTX.topk(k, dim=-1)
-    kept_BTK, ids_BTK = scores_BTX.max(-1, keepdim=True)
-    if k == 2:
-        next_BT1, second_BT1 = scores_BTX.scatter(-1, ids_BTK, -math.inf).max(-1, keepdim=True)
-        # All others are -inf: any of them will do, but not the first once more.
-        again_BT1 = (ids_BTK + 1) % scores_BTX.shape[-1]
-        second_BT1 = torch.where(second_BT1 == ids_BTK, again_BT1, second_BT1)
-        kept_BTK = torch.cat([kept_BTK, next_BT1], dim=-1)
-        ids_BTK = torch.cat([ids_BTK, second_BT1], dim=-1)
-    return kept_BTK, ids_BTK
 
 
 def _marked(scores_BTX: Tensor, ids_BTK: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.suite import parity
+from benchmarks.suite import clock, parity
 from benchmarks.suite.__main__ import main
 from benchmarks.suite.clock import Spread, Variant, interleave, ratios
 from benchmarks.suite.contestants import build
@@ -86,11 +86,19 @@ def test_rounds_interleave_and_ratios_are_of_one_round():
     calls: list[str] = []
     variants = {name: Variant(lambda name=name: calls.append(name)) for name in "ab"}
     times = interleave(variants, budget=0, fewest=3)
-    # The first round tells how many fit; every counted call follows an uncounted one.
-    assert calls[::2] == calls[1::2] == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    # The first pair tells how many fit; then every short call follows an uncounted one.
+    assert calls[:2] == ["a", "b"]
+    assert calls[2::2] == calls[3::2] == ["a", "b", "b", "a", "a", "b"]
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     # Both get slower together: their ratio stays.
     assert ratios({"a": [2.0, 4.0, 8.0], "b": [1.0, 2.0, 4.0]}, "a", "b").middle == 2.0
+
+
+def test_long_calls_are_not_made_twice(monkeypatch):
+    monkeypatch.setattr(clock, "_SHORT", 0.0)
+    calls: list[str] = []
+    interleave({name: Variant(lambda name=name: calls.append(name)) for name in "ab"}, budget=0, fewest=2)
+    assert calls == ["a", "b", "a", "b", "b", "a"]
 
 
 def test_floor_of_a_layer_by_hand():

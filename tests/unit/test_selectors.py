@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_moe.routers import RouterSettings, select, selectors
+from peft_moe.routers import RouterSettings, select
 from peft_moe.routers.selectors import SCORING_FUNCS
 
 
@@ -239,20 +237,3 @@ def test_softmax_of_short_rows(shape, columns):
     torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-6)
     grads = [torch.autograd.grad(out, logits, direction)[0] for out in (found, wanted)]
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("columns", [1, 2, 8, 9, 30, 64, 65])
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("closed", [False, True])
-def test_the_largest_of_many_tokens(columns, k, closed):
-    if k > columns:
-        pytest.skip("fewer columns than k")
-    scores = torch.randn(2, 150, columns)
-    if closed:  # all but one, which is another one for every token
-        open_ = torch.randint(columns, (2, 150, 1))
-        scores = torch.full_like(scores, -math.inf).scatter(-1, open_, scores.gather(-1, open_))
-    kept, ids = selectors._largest(scores, k)
-    assert torch.equal(kept, scores.topk(k, dim=-1).values)
-    assert torch.equal(scores.gather(-1, ids), kept)
-    assert k == 1 or (ids[..., 0] != ids[..., 1]).all()
-    assert ((ids >= 0) & (ids < columns)).all()
