@@ -237,3 +237,16 @@ def test_softmax_of_short_rows(shape, columns):
     torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-6)
     grads = [torch.autograd.grad(out, logits, direction)[0] for out in (found, wanted)]
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("columns", [4, 12, 40])
+def test_equal_scores_fall_alike_in_a_prompt_and_in_a_step(columns, k):
+    # As with a KV cache: a token is decided among many or alone, with a graph or without one.
+    logits = torch.randint(3, (1, 200, columns)).float()
+    options = RouterSettings("linear", num_experts=columns, top_k=k, norm_topk_prob=True)
+    together = select(logits, options).expert_ids
+    alone = torch.cat([select(logits[:, t : t + 1], options).expert_ids for t in range(200)], dim=1)
+    learning = select(logits.clone().requires_grad_(), options).expert_ids
+    assert torch.equal(together, alone)
+    assert torch.equal(together, learning)
