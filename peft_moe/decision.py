@@ -25,8 +25,6 @@ class Routing:
             in no order, experts that are always on among them. E stands for "no expert" (the null expert).
         expert_weights: their gates, [B|1, T|1, K]; 0 for "no expert". All other gates are zero.
         abstains: whether "no expert" may be among them.
-        widened: in a step of few tokens, the routed tokens as they came and in float32: layers that are given
-            the same ones need not widen them again. No copy of the decision keeps it.
     """
 
     def __init__(
@@ -52,7 +50,6 @@ class Routing:
         self._experts = experts if gates is None else gates.shape[-1]
         self._columns, self.abstains = columns, abstains
         self._gates, self._selected = gates, selected
-        self.widened: tuple[Tensor, Tensor] | None = None
 
     @property
     def gates(self) -> Tensor:

@@ -66,7 +66,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.held: dict[str, Tensor | None] = {}
         # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
         self.awaited: set[str] = set()
-        keep_at_hand(self, "molora_A", "molora_B", "molora_router")
+        keep_at_hand(self, "base_layer", "molora_A", "molora_B", "molora_router")
         self._start_empty()
 
     def add_mixture(
@@ -131,7 +131,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active mixture's; [..., I] to [..., O]."""
-        disabled, merged = self.disable_adapters, self.merged_adapters
+        disabled, merged = self._disable_adapters, self.merged_adapters
         if disabled and merged:
             self.unmerge()  # which empties the list
         base_layer: nn.Module = self.base_layer
@@ -158,18 +158,23 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         router: Any = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
         routing = self.deciders[adapter].decide(adapter, self.name, x, router, context)
         if rows is None:
-            return self._apply_experts(adapter, routing, x, result, overwrite)
-        part = self._apply_experts(adapter, narrow(routing, rows, x), x[rows], result[rows], True)
+            return self._apply_experts(adapter, routing, x, result, context, overwrite)
+        part = self._apply_experts(adapter, narrow(routing, rows, x), x[rows], result[rows], None, True)
         return result.index_copy(0, rows, part)
 
     def _apply_experts(
-        self, adapter: str, routing: Routing, x: Tensor, result: Tensor, overwrite: bool
+        self,
+        adapter: str,
+        routing: Routing,
+        x: Tensor,
+        result: Tensor,
+        context: RoutingContext | None,
+        overwrite: bool,
     ) -> Tensor:
         tokens = x.numel() // x.shape[-1]
         A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
         base_NO = result.reshape(tokens, result.shape[-1])
-        wide = routing.widened
-        wide_NI = wide[1].reshape(tokens, -1) if wide is not None and wide[0] is x else None
+        wide = None if context is None else context.wide.find(x)
         mixed_NO = mix(
             x.reshape(tokens, x.shape[-1]),
             *trained_part(A, B, self.held.get(adapter)),
@@ -181,7 +186,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             abstains=routing.abstains,
             backend=self.backends[adapter],
             overwrite=overwrite,
-            wide_NI=wide_NI,
+            wide_NI=None if wide is None else wide.view(tokens, -1),
         )
         written = mixed_NO is base_NO and result.is_contiguous()
         return result if written else mixed_NO.view(result.shape)

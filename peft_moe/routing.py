@@ -23,6 +23,7 @@ from torch import Tensor
 from .controls import Limits
 from .decision import Routing
 from .slots import Slot
+from .wide_copy import WideCopy
 
 __all__ = [
     "Routing",
@@ -64,6 +65,7 @@ class RoutingContext:
         probing: True while the base alone runs up to a tap; mixture layers then step aside.
         probe_until: the layer before which that run stops.
         probe_caches: caches of probes that this pass started, by adapter.
+        wide: the last small input in float32, for the next layer that is given it.
         parent: the context that this one interrupts.
     """
 
@@ -83,6 +85,7 @@ class RoutingContext:
     probing: bool = False
     probe_until: Any = None
     probe_caches: dict[str, Any] = field(default_factory=dict)
+    wide: WideCopy = field(default_factory=WideCopy)
     parent: RoutingContext | None = None
 
     def decide(self, adapter: str, name: str, take: Callable[[Tensor | None], Routing]) -> Routing:

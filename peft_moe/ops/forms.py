@@ -114,10 +114,14 @@ def add_product(
     base_NO: Tensor, hg_NR: Tensor, B_RO: Tensor, overwrite: bool, scaling: float = 1.0
 ) -> Tensor:
     """``base + scaling · hg B``: summed once, in the dtype of the base, and in its place if allowed."""
-    if base_NO.dtype == hg_NR.dtype == B_RO.dtype:
+    own, wide = base_NO.dtype, hg_NR.dtype
+    if own == wide:
         into = base_NO.addmm_ if overwrite else base_NO.addmm
         return into(hg_NR, B_RO, alpha=scaling)
-    return add(base_NO, hg_NR @ B_RO, overwrite, scaling)
+    if torch.promote_types(own, wide) != wide:
+        return add(base_NO, hg_NR @ B_RO, overwrite, scaling)
+    sum_NO = torch.addmm(base_NO.to(wide), hg_NR, B_RO, alpha=scaling)
+    return base_NO.copy_(sum_NO) if overwrite else sum_NO.to(own)
 
 
 def add(base_NO: Tensor, delta_NO: Tensor, overwrite: bool, scaling: float = 1.0) -> Tensor:

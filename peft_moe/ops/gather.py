@@ -66,20 +66,31 @@ class Gather:
         scaling = ranks.one_scaling
         if scaling is None:
             scaling, weights_SK = 1.0, ranks.scale_chosen(weights_SK, ids_SK)
-        weights_SK1 = weights_SK.unsqueeze(-1)
+        weights_SK1 = weights_SK.view(sets, chosen, 1)
         if weights_SK1.dtype != wide:
             weights_SK1 = weights_SK1.to(wide)
         if sets == 1:
             h_NR = functional.linear(x_NI, A_SRI.view(-1, width))
         else:
             h_NR = torch.bmm(A_SRI.view(sets, -1, width), x_NI[..., None])
-        hg_NKW = h_NR.view(tokens, chosen, -1) * weights_SK1
-        if absent is not None:
-            hg_NKW = hg_NKW.masked_fill(absent, 0.0)
+        hg_NR = _gated(h_NR.view(tokens, chosen, -1), weights_SK1, absent, h_NR)
         if sets == 1:
-            return add_product(base_NO, hg_NKW.view(h_NR.shape), B_SRO.view(-1, out), overwrite, scaling)
-        delta_N1O = torch.bmm(hg_NKW.view(sets, 1, -1), B_SRO.view(sets, -1, out))
+            return add_product(base_NO, hg_NR, B_SRO.view(-1, out), overwrite, scaling)
+        delta_N1O = torch.bmm(hg_NR.view(sets, 1, -1), B_SRO.view(sets, -1, out))
         return add(base_NO, delta_N1O[:, 0], overwrite, scaling)
+
+
+def _gated(h_NKW: Tensor, weights_SK1: Tensor, absent: Tensor | None, h_NR: Tensor) -> Tensor:
+    """Every rank times its expert's weight, 0 where it has none; in the shape of ``h_NR``, the same numbers."""
+    if torch.is_grad_enabled():
+        hg_NKW = h_NKW * weights_SK1
+        hg_NKW = hg_NKW if absent is None else hg_NKW.masked_fill(absent, 0.0)
+        return hg_NKW.view(h_NR.shape)
+    # In its place, so that in a step nothing is made for it, not even a view.
+    h_NKW.mul_(weights_SK1)
+    if absent is not None:
+        h_NKW.masked_fill_(absent, 0.0)
+    return h_NR
 
 
 def _slabs(
@@ -88,7 +99,7 @@ def _slabs(
     """The chosen rows of both factors, and where there are none, for [S, K, W]."""
     if ranks.equal:
         # One row per expert: rows are picked several times faster than ranks.
-        experts, ids = len(ranks.ranks), ids_SK.flatten()
+        experts, ids = len(ranks.ranks), ids_SK.reshape(-1)
         absent = None
         if abstains:
             absent = (ids_SK == experts).unsqueeze(-1)

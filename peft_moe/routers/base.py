@@ -20,7 +20,7 @@ from .registry import scorer_class
 from .running import running_features
 from .selectors import choose, constant, select
 from .settings import RouterSettings
-from .wide_linear import is_step, wide_linear, widened
+from .wide_linear import wide_linear, widened
 
 
 class Router(nn.Module):
@@ -88,22 +88,17 @@ class Router(nn.Module):
     def _decide(
         self, x: Tensor, context: RoutingContext | None, pool: bool, before: Tensor | None
     ) -> Routing:
-        wide_BTI = None
         if self._scores_narrow(x, pool):
             own: Any = self.scorer
-            normed = self.settings.input_norm
-            if not normed and is_step(x):
-                wide_BTI = widened(x, normed)
+            wide_BTI = None if context is None else context.wide.make(x)
             read_BTI = x if wide_BTI is None else wide_BTI
-            logits_BTX = wide_linear(read_BTI, own.weight, getattr(own, "bias", None), normed)
+            logits_BTX = wide_linear(read_BTI, own.weight, getattr(own, "bias", None), self.settings.input_norm)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)
         real_BT = context.real if context is not None else None
         routing = select(logits_BTX, self.settings, bias_X=self.balance_bias, real_BT=real_BT)
-        if wide_BTI is not None:
-            routing.widened = x, wide_BTI
-        elif self.runs and not pool:
+        if self.runs and not pool:
             routing.running = features_BTI.detach()
         return spread_turns(routing, context) if pool and context is not None else routing
 

@@ -89,7 +89,7 @@ def choose(
         closed: columns that get no mass; the selection and the normalisation run over the others.
         sharpness: what the scores are multiplied by.
     """
-    shut = tuple(sorted({*settings.missing_columns, *closed}))
+    shut = tuple(sorted({*settings.missing_columns, *closed})) if closed else settings.missing_columns
     scores_BTX = logits_BTX if sharpness == 1 else logits_BTX * sharpness
     if shut and (closed or sharpness != 1):
         # Below the scores of everything else, also of experts that a label rules out.

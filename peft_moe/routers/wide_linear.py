@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..ops.twice import Gradients, once
+from ..wide_copy import PART_BYTES
 
-# On a CPU a wide copy of this size is still in the cache when it is read: of 512 tokens with 5504 features,
-# eight scores took 1.0 ms in such parts and 3.3 ms at once. Smaller parts are slower again.
-_PART_BYTES = 2**20
 # Of so few columns, weights times inputs is up to 1.6 times faster than inputs times weights. With three or
 # less its bits would depend on where the weights lie, which is never the same in a model that was loaded.
 _FEW_COLUMNS = range(4, 16)
@@ -63,13 +61,8 @@ def _parts(x: Tensor) -> tuple[Tensor, ...]:
     flat = x.reshape(-1, x.shape[-1])
     if not x.is_cpu:
         return (flat,)
-    rows = _PART_BYTES // (4 * x.shape[-1])
+    rows = PART_BYTES // (4 * x.shape[-1])
     return torch.split(flat, max(_FEW_ROWS, rows // _FEW_ROWS * _FEW_ROWS))
-
-
-def is_step(x: Tensor) -> bool:
-    """Whether ``x`` [..., I] is a few tokens on a CPU, whose wide copy serves the next product, too."""
-    return x.is_cpu and not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]
 
 
 class _WideLinear(torch.autograd.Function):
