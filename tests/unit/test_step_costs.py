@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_moe.at_hand import keep_at_hand
 from peft_moe.layer import MoLoraLayer
 from peft_moe.linear import gives_new_memory
-from peft_moe.routers import base as router_base
+from peft_moe.wide_copy import PART_BYTES, WideCopy
 
 IDS = torch.tensor([[5, 9, 3, 7, 11]])
 
@@ -72,24 +74,68 @@ def test_no_other_module_is_overwritten(zoo):
     assert torch.equal(held, nn.functional.linear(seen[0], keeper.weight))
 
 
-@pytest.mark.parametrize("scope", ["module", "block", "model"])
-def test_a_step_with_and_without_the_shared_wide_copy(zoo, scope, monkeypatch):
-    below = {"router_below_tap": "probe"} if scope == "model" else {}
-    base = zoo.base("llama").bfloat16()
-    model = zoo.mixture("llama", "top2", base=base, router_scope=scope, backend="gather", **below)
+def bf16_mixture(zoo, **fields):
+    model = zoo.mixture("llama", "top2", base=zoo.base("llama").bfloat16(), **fields)
     model.base_model.bfloat16()
-    counted = []
+    return model
 
-    def count(x):
-        counted.append(tuple(x.shape))
-        return real(x)
 
-    real = router_base.is_step
-    monkeypatch.setattr(router_base, "is_step", count)
+class Widenings(TorchDispatchMode):
+    """Notes the shapes of all bfloat16 tensors that are made float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.bfloat16:
+            self.shapes += [tuple(args[0].shape)] if kwargs.get("dtype") == torch.float32 else []
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("scope", ["module", "block", "model"])
+def test_a_pass_with_and_without_the_shared_wide_copy(zoo, scope, monkeypatch):
+    below = {"router_below_tap": "probe"} if scope == "model" else {}
+    model = bf16_mixture(zoo, router_scope=scope, backend="gather", **below)
     shared = logits_of(model)
-    assert counted
-    monkeypatch.setattr(router_base, "is_step", lambda x: False)
+    with torch.inference_mode():  # where nobody counts changes in place, nothing is shared
+        assert torch.equal(model(input_ids=IDS).logits, shared)
+    monkeypatch.setattr(WideCopy, "find", lambda self, x: None)
     assert torch.equal(logits_of(model), shared)
+
+
+def test_siblings_share_one_wide_copy(zoo, monkeypatch):
+    model = bf16_mixture(zoo)
+    seen: list[Any] = []
+    for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
+        layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with Widenings() as shared:
+        logits_of(model)
+    inputs = len({id(x) for x in seen})
+    assert inputs < len(seen)
+    monkeypatch.setattr(WideCopy, "find", lambda self, x: None)
+    with Widenings() as alone:
+        logits_of(model)
+    assert len(alone.shapes) - len(shared.shapes) == len(seen) // 2 - inputs
+
+
+def test_a_wide_copy_follows_changes_and_keeps_nothing_alive():
+    copies, x = WideCopy(), torch.ones(2, 3, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wide = copies.make(x)
+        assert wide is not None
+        assert copies.make(x) is wide is copies.find(x)
+        assert copies.find(x.view(2, 3)) is None
+        x.mul_(2)
+        assert copies.find(x) is None
+        assert torch.equal(copies.make(x), x.float())
+        watch = weakref.ref(x)
+        del x
+        assert watch() is None
+        assert copies.make(torch.ones(1, PART_BYTES // 4 + 1, dtype=torch.bfloat16)) is None
+        assert copies.make(torch.ones(2, 3)) is None
+    assert copies.make(torch.ones(2, 3, dtype=torch.bfloat16)) is None  # a graph would keep it
 
 
 def test_children_at_hand_follow_assignment_and_copies():
