@@ -81,7 +81,7 @@ class Gather:
 
 
 def _gated(h_NKW: Tensor, weights_SK1: Tensor, absent: Tensor | None, h_NR: Tensor) -> Tensor:
-    """Every rank times its expert's weight, 0 where it has none; in the shape of ``h_NR``, the same numbers."""
+    """Every rank times its expert's weight, 0 where it has none; ``h_NR`` is ``h_NKW`` in another shape."""
     if torch.is_grad_enabled():
         hg_NKW = h_NKW * weights_SK1
         hg_NKW = hg_NKW if absent is None else hg_NKW.masked_fill(absent, 0.0)

@@ -92,7 +92,8 @@ class Router(nn.Module):
             own: Any = self.scorer
             wide_BTI = None if context is None else context.wide.make(x)
             read_BTI = x if wide_BTI is None else wide_BTI
-            logits_BTX = wide_linear(read_BTI, own.weight, getattr(own, "bias", None), self.settings.input_norm)
+            normed = self.settings.input_norm
+            logits_BTX = wide_linear(read_BTI, own.weight, getattr(own, "bias", None), normed)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)
