@@ -30,6 +30,7 @@ from .experts.base_view import base_modules
 from .experts.held import trained_part
 from .feed_forward import FeedForward, feed_forwards_of, find_feed_forwards
 from .linear import linear_sizes, per_token
+from .offloaded import read
 from .ops.branches import meet, meet_delta, part, with_rest
 from .routers import Router
 from .routing import Routing, RoutingContext, current_context
@@ -253,7 +254,7 @@ def mix_in_block(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
             f"{member.home}; use mixing='linear'"
         )
     A, B = trained_part(
-        layer.molora_A[adapter].weight, layer.molora_B[adapter].weight, layer.held.get(adapter)
+        read(layer.molora_A[adapter]), read(layer.molora_B[adapter]), layer.held.get(adapter)
     )
     ranks, backend = layer.rank_maps[adapter], layer.backends[adapter]
     base_NO, ids_NK = result.reshape(-1, result.shape[-1]), branches.ids

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .offloaded import read, read_state
 from .saved_files import belongs
 from .sharing import MixtureLayer
 
@@ -49,8 +50,7 @@ def expert_digests(model: nn.Module, adapter: str, weight_of: WeightOf | None = 
     """
 
     def own(layer: Any, side: str) -> Tensor:
-        weight: Tensor = getattr(layer, f"molora_{side}")[adapter].weight
-        return weight
+        return read(getattr(layer, f"molora_{side}")[adapter])
 
     layers = mixture_layers(model, adapter)
     if not layers:
@@ -70,7 +70,7 @@ def saved_tensors(model: nn.Module, adapter: str, part: str) -> list[tuple[str, 
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if adapter_of(f"{path}.") == adapter and path.endswith(f".{adapter}"):
-            for name, tensor in module.state_dict().items():
+            for name, tensor in read_state(module).items():
                 found[f"base_model.model.{path.removesuffix('.' + adapter)}.{name}"] = tensor
     return sorted((key, tensor) for key, tensor in found.items() if belongs(key, part))
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .digests import adapter_of, expert_digests, mixture_layers, saved_tensors, short
 from .errors import PeftMoeError
 from .experts.plan import ExpertPlan
+from .offloaded import read, read_state
 from .rollback import Snapshot
 from .saved_files import tensors_digest
 from .sharing import MODEL_SEAT, MixtureLayer, SharedRouter, named_routers
@@ -191,7 +192,7 @@ def check_arrived(
     if any(isinstance(layer.molora_A[adapter].weight, FakeTensor) for layer in layers.values()):
         return False
     # The loader overwrites all of a tensor, on whatever path; until then it is empty or NaN.
-    if all(_is_missing(layer.molora_A[adapter].weight) for layer in layers.values()):
+    if all(_is_missing(read(layer.molora_A[adapter])) for layer in layers.values()):
         return False
     extra = sorted(keys - model.state_dict().keys())
     if extra:
@@ -258,9 +259,9 @@ def _is_missing(weight: Tensor) -> bool:
 
 def _tensors(model: nn.Module, layers: dict[str, Any], adapter: str) -> Iterator[tuple[str, Tensor]]:
     for name, layer in layers.items():
-        yield f"{name}.molora_A", layer.molora_A[adapter].weight
-        yield f"{name}.molora_B", layer.molora_B[adapter].weight
+        yield f"{name}.molora_A", read(layer.molora_A[adapter])
+        yield f"{name}.molora_B", read(layer.molora_B[adapter])
     for name, router in named_routers(model, adapter):
-        for part, tensor in router.state_dict().items():
+        for part, tensor in read_state(router).items():
             if tensor.is_floating_point():
                 yield f"{name}.molora_router.{part}", tensor

@@ -22,6 +22,7 @@ from .experts.held import held_rows, hold, trained_part
 from .limits import refuse_merged, refuse_passing
 from .linear import as_linear, gives_new_memory, linear_sizes, per_token
 from .mixed_batch import narrow, rows_of
+from .offloaded import read
 from .ops import RankMap, folded_delta, mix
 from .requantise import read_weight, write_weight
 from .routers import Router
@@ -172,7 +173,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         overwrite: bool,
     ) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
+        A, B = read(self.molora_A[adapter]), read(self.molora_B[adapter])
         base_NO = result.reshape(tokens, result.shape[-1])
         wide = None if context is None else context.wide.find(x)
         mixed_NO = mix(
@@ -193,7 +194,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def _check_arrived(self, adapter: str) -> None:
         # Such experts start empty or as NaN; whoever loads them overwrites all of it, on whatever path.
-        weight = self.molora_A[adapter].weight
+        weight = read(self.molora_A[adapter])
         if weight.is_meta or bool(torch.isnan(weight.flatten()[0])):
             raise PeftMoeError(
                 f"{self.name}: the config of adapter {adapter!r} describes experts whose weights were never "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..at_hand import keep_at_hand
 from ..controls import NO_EXPERT, ROUTER, Limits
 from ..errors import PeftMoeError
+from ..offloaded import read
 from ..routing import Routing, RoutingContext
 from .pooling import pool_prompts, spread_turns
 from .registry import scorer_class
@@ -93,7 +94,8 @@ class Router(nn.Module):
             wide_BTI = None if context is None else context.wide.make(x)
             read_BTI = x if wide_BTI is None else wide_BTI
             normed = self.settings.input_norm
-            logits_BTX = wide_linear(read_BTI, own.weight, getattr(own, "bias", None), normed)
+            bias_X = read(own, "bias") if "bias" in own._parameters else None
+            logits_BTX = wide_linear(read_BTI, read(own), bias_X, normed)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..offloaded import read
 from .registry import Scorer, register_router
 from .settings import RouterSettings
 
@@ -119,9 +120,10 @@ class MLPScorer(Scorer):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        hidden_BTH = functional.linear(x, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype))
-        out = functional.linear(
-            functional.silu(hidden_BTH), self.out.weight.to(dtype), self.out.bias.to(dtype)
-        )
-        return out
+        hidden_BTH = _linear(self.hidden, x)
+        return _linear(self.out, functional.silu(hidden_BTH))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """In the dtype of the input: a float64 model gets float64 scores."""
+    return functional.linear(x, read(layer).to(x.dtype), read(layer, "bias").to(x.dtype))
