@@ -253,9 +253,7 @@ def mix_in_block(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
             f"mixing='block': {layer.name} was called before the linears that read the input of "
             f"{member.home}; use mixing='linear'"
         )
-    A, B = trained_part(
-        read(layer.molora_A[adapter]), read(layer.molora_B[adapter]), layer.held.get(adapter)
-    )
+    A, B = trained_part(read(layer.molora_A[adapter]), read(layer.molora_B[adapter]), layer.held.get(adapter))
     ranks, backend = layer.rank_maps[adapter], layer.backends[adapter]
     base_NO, ids_NK = result.reshape(-1, result.shape[-1]), branches.ids
     if not member.joins:

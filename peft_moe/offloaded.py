@@ -26,8 +26,8 @@ def read(module: nn.Module, name: str = "weight") -> Tensor:
             value = getattr(module, name)
     except KeyError as error:
         raise PeftMoeError(
-            f"{error.args[0]} was offloaded to disk, where PEFT stores adapters under names that only a plain "
-            "LoRA has; give a device_map that keeps layers with experts on a GPU or on the CPU"
+            f"{error.args[0]} was offloaded to disk, where PEFT stores adapters under names that only a "
+            "plain LoRA has; give a device_map that keeps layers with experts on a GPU or on the CPU"
         ) from error
     return value
 

@@ -39,7 +39,8 @@ def test_an_offloaded_mixture_computes_the_same(zoo, saved):
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, wanted)
     assert all(p.is_meta for p in model.parameters())  # nothing stays behind
-    written = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, min_new_tokens=3)
+    real = torch.ones_like(IDS)
+    written = model.generate(input_ids=IDS, attention_mask=real, max_new_tokens=3, min_new_tokens=3)
     assert written.shape == (1, 8)
 
 

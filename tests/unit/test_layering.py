@@ -14,7 +14,17 @@ PACKAGE = REPO / "peft_moe"
 
 # A file imports from its own floor or a lower one. A folder stands for its files unless one is named.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "at_hand", "offloaded", "decision", "slots", "controls", "wide_copy", "routing", "new_folder"),
+    0: (
+        "errors",
+        "at_hand",
+        "offloaded",
+        "decision",
+        "slots",
+        "controls",
+        "wide_copy",
+        "routing",
+        "new_folder",
+    ),
     1: ("ops", "routers", "losses", "metrics"),
     2: (
         "experts.spec",
