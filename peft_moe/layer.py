@@ -175,7 +175,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         tokens = x.numel() // x.shape[-1]
         A, B = read(self.molora_A[adapter]), read(self.molora_B[adapter])
         base_NO = result.reshape(tokens, result.shape[-1])
-        wide = None if context is None else context.wide.find(x)
+        kept = None if context is None else context.wide
+        wide = None if kept is None else kept.find(x)
         mixed_NO = mix(
             x.reshape(tokens, x.shape[-1]),
             *trained_part(A, B, self.held.get(adapter)),
@@ -187,7 +188,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             abstains=routing.abstains,
             backend=self.backends[adapter],
             overwrite=overwrite,
-            wide_NI=None if wide is None else wide.view(tokens, -1),
+            wide_NI=None if wide is None else wide.reshape(tokens, -1),
         )
         written = mixed_NO is base_NO and result.is_contiguous()
         return result if written else mixed_NO.view(result.shape)

@@ -65,7 +65,7 @@ class RoutingContext:
         probing: True while the base alone runs up to a tap; mixture layers then step aside.
         probe_until: the layer before which that run stops.
         probe_caches: caches of probes that this pass started, by adapter.
-        wide: the last small input in float32, for the next layer that is given it.
+        wide: the last small input in float32, for the next layer that is given it; None before the first.
         parent: the context that this one interrupts.
     """
 
@@ -85,8 +85,14 @@ class RoutingContext:
     probing: bool = False
     probe_until: Any = None
     probe_caches: dict[str, Any] = field(default_factory=dict)
-    wide: WideCopy = field(default_factory=WideCopy)
+    wide: WideCopy | None = None
     parent: RoutingContext | None = None
+
+    def widened(self, x: Tensor) -> Tensor | None:
+        """``x`` in float32, where that is kept for the next layer; else None."""
+        if self.wide is None:  # made here, where no compiler traces
+            self.wide = WideCopy()
+        return self.wide.make(x)
 
     def decide(self, adapter: str, name: str, take: Callable[[Tensor | None], Routing]) -> Routing:
         """A decision that outlives its call: one per prompt, or one that follows the text.

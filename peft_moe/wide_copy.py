@@ -19,8 +19,6 @@ class WideCopy:
     It is known by its identity and by the count of its changes in place; nothing keeps it alive.
     """
 
-    __slots__ = ("_version", "_wide", "_x")
-
     def __init__(self) -> None:
         self._x: weakref.ref[Tensor] | None = None
 

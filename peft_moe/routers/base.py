@@ -91,7 +91,7 @@ class Router(nn.Module):
     ) -> Routing:
         if self._scores_narrow(x, pool):
             own: Any = self.scorer
-            wide_BTI = None if context is None else context.wide.make(x)
+            wide_BTI = None if context is None else context.widened(x)
             read_BTI = x if wide_BTI is None else wide_BTI
             normed = self.settings.input_norm
             bias_X = read(own, "bias") if "bias" in own._parameters else None

@@ -64,7 +64,7 @@ class Largest(TorchDispatchMode):
 def test_many_tokens_in_parts(
     normed: bool, columns: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_PART_BYTES", 40 * 24 * 4)  # 32 rows at a time, in whole 16
+    monkeypatch.setattr(module, "PART_BYTES", 40 * 24 * 4)  # 32 rows at a time, in whole 16
     source = torch.Generator().manual_seed(2)
     x = torch.randn(3, 67, 24, generator=source).bfloat16().requires_grad_()
     weight = torch.randn(columns, 24, generator=source).requires_grad_()
