@@ -44,7 +44,7 @@ def test_an_offloaded_mixture_computes_the_same(zoo, saved):
     assert written.shape == (1, 8)
 
 
-def on_disk(zoo, folder, tmp_path):
+def on_disk(zoo, folder, tmp_path, monkeypatch):
     """Load a mixture as PEFT does it on a base of which all blocks but the first lie on disk."""
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     blocks = AutoModelForCausalLM.from_pretrained(zoo.saved_base("llama")).config.num_hidden_layers
@@ -54,13 +54,14 @@ def on_disk(zoo, folder, tmp_path):
     )
     there = {f"base_model.model.{name}": place for name, place in places.items()}
     there["base_model.model.shared_router"] = "cpu"
+    monkeypatch.chdir(tmp_path)  # where PEFT puts what it renames
     return PeftModel.from_pretrained(base, folder, device_map=there, offload_folder=tmp_path / "mixture")
 
 
 @pytest.mark.parametrize("saved", ["model"], indirect=True)
-def test_experts_may_lie_on_disk(zoo, saved, tmp_path):
+def test_experts_may_lie_on_disk(zoo, saved, tmp_path, monkeypatch):
     folder, wanted = saved
-    model = on_disk(zoo, folder, tmp_path).eval()
+    model = on_disk(zoo, folder, tmp_path, monkeypatch).eval()
     layers = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
     assert any(layer.molora_A["default"].weight.is_meta for layer in layers)
     with torch.no_grad():
@@ -68,6 +69,6 @@ def test_experts_may_lie_on_disk(zoo, saved, tmp_path):
 
 
 @pytest.mark.parametrize("saved", ["linear", "block"], indirect=True)
-def test_routers_that_peft_loses_on_disk_are_missed_at_once(zoo, saved, tmp_path):
+def test_routers_that_peft_loses_on_disk_are_missed_at_once(zoo, saved, tmp_path, monkeypatch):
     with pytest.raises(PeftMoeError, match=r"scorer\.weight was offloaded to disk.*device_map"):
-        on_disk(zoo, saved[0], tmp_path)
+        on_disk(zoo, saved[0], tmp_path, monkeypatch)
