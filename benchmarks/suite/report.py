@@ -92,14 +92,22 @@ def _memory(rows: list[Row]) -> Iterable[str]:
     lines = [
         [
             row.contestant,
-            f"{row.extra['peak_mib']:.0f}",
+            f"{row.extra['allocated_mib']:.1f}",
+            f"{row.extra['resident_mib']:.0f}",
             f"{row.extra['saved_mib']:.1f}",
             f"{row.extra['saved_mib'] - first.extra['saved_mib']:+.1f}",
             f"{row.extra['saved_bytes_per_token_and_layer']:.0f}",
         ]
         for row in rows
     ]
-    heads = ["", "peak, MiB", "saved for backward, MiB", f"more than {first.contestant}", "bytes/token/layer"]
+    heads = [
+        "",
+        "peak allocated, MiB",
+        "peak resident",
+        "saved for backward",
+        f"more than {first.contestant}",
+    ]
+    heads.append("bytes/token/layer")
     yield f"### Memory of a training step: {first.case}\n\n" + _table(heads, lines)
 
 
