@@ -94,7 +94,7 @@ class Router(nn.Module):
             wide_BTI = None if context is None else context.widened(x)
             read_BTI = x if wide_BTI is None else wide_BTI
             normed = self.settings.input_norm
-            bias_X = read(own, "bias") if "bias" in own._parameters else None
+            bias_X = None if getattr(own, "bias", None) is None else read(own, "bias")
             logits_BTX = wide_linear(read_BTI, read(own), bias_X, normed)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
