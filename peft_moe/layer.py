@@ -67,7 +67,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.held: dict[str, Tensor | None] = {}
         # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
         self.awaited: set[str] = set()
-        keep_at_hand(self, "base_layer", "molora_A", "molora_B", "molora_router")
+        keep_at_hand(self, "molora_A", "molora_B", "molora_router")
         self._start_empty()
 
     def add_mixture(

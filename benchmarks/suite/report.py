@@ -106,8 +106,8 @@ def _memory(rows: list[Row]) -> Iterable[str]:
         "peak resident",
         "saved for backward",
         f"more than {first.contestant}",
+        "bytes/token/layer",
     ]
-    heads.append("bytes/token/layer")
     yield f"### Memory of a training step: {first.case}\n\n" + _table(heads, lines)
 
 

@@ -120,7 +120,7 @@ def add_product(
         return into(hg_NR, B_RO, alpha=scaling)
     if torch.promote_types(own, wide) != wide:
         return add(base_NO, hg_NR @ B_RO, overwrite, scaling)
-    sum_NO = torch.addmm(base_NO.to(wide), hg_NR, B_RO, alpha=scaling)
+    sum_NO = base_NO.to(wide).addmm_(hg_NR, B_RO, alpha=scaling)  # in the copy: one [N, O] less
     return base_NO.copy_(sum_NO) if overwrite else sum_NO.to(own)
 
 

@@ -72,3 +72,18 @@ def test_experts_may_lie_on_disk(zoo, saved, tmp_path, monkeypatch):
 def test_routers_that_peft_loses_on_disk_are_missed_at_once(zoo, saved, tmp_path, monkeypatch):
     with pytest.raises(PeftMoeError, match=r"scorer\.weight was offloaded to disk.*device_map"):
         on_disk(zoo, saved[0], tmp_path, monkeypatch)
+
+
+def test_what_is_refused_on_disk_is_taken_out_again(zoo, tmp_path, monkeypatch):
+    zoo.mixture("llama", router="linear", top_k=2, router_init_std=0.5).save_pretrained(tmp_path / "mixture")
+    taken: list[torch.nn.Module] = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def keep(*args, **kwargs):
+        taken.append(real(*args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", keep)
+    with pytest.raises(PeftMoeError, match="offloaded to disk"):
+        on_disk(zoo, tmp_path / "mixture", tmp_path, monkeypatch)
+    assert not any(isinstance(module, MoLoraLayer) for module in taken[-1].modules())

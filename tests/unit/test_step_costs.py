@@ -138,6 +138,18 @@ def test_a_wide_copy_follows_changes_and_keeps_nothing_alive():
     assert copies.make(torch.ones(2, 3, dtype=torch.bfloat16)) is None  # a graph would keep it
 
 
+def test_a_base_layer_that_a_quantiser_swaps_is_the_one_that_is_called(zoo):
+    model = zoo.mixture("llama", "top2")
+    layer = some_layer(model)
+    before = logits_of(model)
+    # As torch.ao.quantization.convert does it: past nn.Module's own assignment.
+    other = copy.deepcopy(layer.base_layer)
+    with torch.no_grad():
+        other.weight.mul_(2)
+    layer._modules["base_layer"] = other
+    assert not torch.equal(logits_of(model), before)
+
+
 def test_children_at_hand_follow_assignment_and_copies():
     parent = nn.Module()
     parent.child = nn.Linear(2, 2)
