@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from peft_moe.demo import BASE_NAME, asset_path
-from peft_moe.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, EXPERTS, generate, write_jsonl
+from peft_moe.cli.demo import BASE_NAME, asset_path
+from peft_moe.cli.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, EXPERTS, generate, write_jsonl
 
 GENERIC, UNSEEN = "base's skills", "unseen skills"
 TRAIN, TEST = 5000, 100
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bakeoff_demo"))
     args, rest = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", "from peft_moe.cli import run; run()", "bakeoff"]
+    command = [sys.executable, "-c", "from peft_moe.cli.main import run; run()", "bakeoff"]
     path = write_settings(args.out)
     raise SystemExit(subprocess.call([*command, str(path), "--out", str(args.out), *rest]))
 

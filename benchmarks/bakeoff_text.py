@@ -49,7 +49,7 @@ def main() -> None:
         raise SystemExit(f"No base in {args.runs}. Train it first: PEFT_MOE_DATA=… bash recipes/text/run.sh")
     args.out.mkdir(parents=True, exist_ok=True)
     path = write_settings(args.runs, args.out)
-    command = [sys.executable, "-c", "from peft_moe.cli import run; run()", "bakeoff"]
+    command = [sys.executable, "-c", "from peft_moe.cli.main import run; run()", "bakeoff"]
     raise SystemExit(subprocess.call([*command, str(path), "--out", str(args.out), *rest]))
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peft_moe.ops import FORMS, Operands, RankMap, facts_of
-from peft_moe.ops.constants import DEVICES, Constants, Kernel, constants_for
+from peft_moe.ops.device_costs import DEVICES, Constants, Kernel, constants_for
 
 K = 2
 ROUTINGS = 4

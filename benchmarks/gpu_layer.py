@@ -40,7 +40,7 @@ except Exception as error:  # the arithmetic needs torch and Triton only
 from support.mixtures import distance, draw_mixture  # noqa: E402
 
 from peft_moe.ops import FORMS, RankMap, choose, facts_of  # noqa: E402
-from peft_moe.ops.forms import Operands  # noqa: E402
+from peft_moe.ops.backend import Operands  # noqa: E402
 
 K = 2
 BF16 = torch.bfloat16
@@ -250,9 +250,10 @@ def pieces(shapes: list[tuple[int, tuple[int, int], int, int]]) -> None:
 
 
 def pieces_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
-    from peft_moe.ops import triton_sparse, triton_stacked
-    from peft_moe.ops.triton_common import rank_tables
-    from peft_moe.ops.triton_schedule import make_schedule
+    from peft_moe.ops.triton import sparse as triton_sparse
+    from peft_moe.ops.triton import stacked as triton_stacked
+    from peft_moe.ops.triton.common import rank_tables
+    from peft_moe.ops.triton.schedule import make_schedule
 
     c = Case(*shape)
     base = functional.linear(c.x, c.W)
@@ -299,9 +300,10 @@ def tiles(shapes: list[tuple[int, tuple[int, int], int, int]]) -> None:
 
 
 def tiles_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
-    from peft_moe.ops import triton_sparse, triton_stacked
-    from peft_moe.ops.triton_common import Tiles, rank_tables
-    from peft_moe.ops.triton_schedule import make_schedule
+    from peft_moe.ops.triton import sparse as triton_sparse
+    from peft_moe.ops.triton import stacked as triton_stacked
+    from peft_moe.ops.triton.common import Tiles, rank_tables
+    from peft_moe.ops.triton.schedule import make_schedule
 
     c = Case(*shape)
     base = functional.linear(c.x, c.W)

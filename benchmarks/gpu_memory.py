@@ -27,8 +27,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from peft_moe import MoLoraConfig
-from peft_moe.layer import MoLoraLayer
 from peft_moe.planning import MemoryPlan, Training, plan_memory
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 LLAMA_3_8B = {
     "hidden_size": 4096,

@@ -29,11 +29,11 @@ from transformers import AutoTokenizer
 from benchmarks import papers
 from benchmarks.papers import ATTENTION, FFN, HELD, NOT, OPEN, Cells, Claims, Figures, Sample
 from peft_moe import MoLoraConfig, record_routing
-from peft_moe.controls import use_experts, use_gates
 from peft_moe.evaluation.bakeoff.statistics import Estimate, estimate
 from peft_moe.evaluation.bakeoff.training import train
 from peft_moe.fitting import fit_router
-from peft_moe.training.modular import set_stage, write_fresh_experts
+from peft_moe.routing.controls import use_experts, use_gates
+from peft_moe.training.stages import set_stage, write_fresh_experts
 
 # The base has read the first in full and a quarter of each other one.
 FOLDERS = {

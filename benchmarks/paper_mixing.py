@@ -25,10 +25,10 @@ from transformers import AutoTokenizer, set_seed
 from benchmarks import papers
 from benchmarks.papers import ATTENTION, FFN, Cells, Claims, Figures, Sample, Scores
 from peft_moe import MoLoraConfig
-from peft_moe.controls import use_gates
 from peft_moe.evaluation.bakeoff.statistics import Estimate
 from peft_moe.evaluation.bakeoff.training import train
-from peft_moe.experts.extract import extract_adapter
+from peft_moe.experts.extraction.extract import extract_adapter
+from peft_moe.routing.controls import use_gates
 
 DOMAINS = ("math", "code", "medicine", "law")
 FEW = {2: DOMAINS[:2], 4: DOMAINS}

@@ -33,7 +33,7 @@ from peft_moe.evaluation.bakeoff.statistics import (
     ratio,
     share,
 )
-from peft_moe.training.data import load_text_dataset
+from peft_moe.io.text_data import load_text_dataset
 
 Sample = dict[str, str]
 Scores = dict[str, list[tuple[float, int]]]
@@ -334,8 +334,8 @@ def arguments(doc: str, out: str) -> argparse.Namespace:
 
 def make_tiny_runs(runs: Path) -> None:
     """A random base of two layers, six random adapters, and the demo's skills under the domains' names."""
-    from peft_moe.demo import BASE_NAME, asset_path
-    from peft_moe.demo.skills import EXPERTS, generate, write_jsonl
+    from peft_moe.cli.demo import BASE_NAME, asset_path
+    from peft_moe.cli.demo.skills import EXPERTS, generate, write_jsonl
 
     tokenizer = AutoTokenizer.from_pretrained(asset_path(BASE_NAME))
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,13 +4,13 @@ Importing this package registers the method "MOLORA" with PEFT, after which ``ge
 ``PeftModel.from_pretrained`` and transformers' own adapter loading know it.
 """
 
-from .config import MoLoraConfig
-from .controls import use_experts, use_gates, use_temperature
 from .errors import PeftMoeError
-from .registration import register
 from .routers import Scorer, register_router
-from .routing import Routing, record_routing, routing_inputs
-from .saving import load_mixture, save_mixture
+from .routing.context import Routing, record_routing, routing_inputs
+from .routing.controls import use_experts, use_gates, use_temperature
+from .tuner.config.mixture import MoLoraConfig
+from .tuner.registration import register
+from .tuner.saving.save_load import load_mixture, save_mixture
 
 register()
 del register

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .config import MoLoraConfig
 from .routers import Router, RouterSettings, scorer_class
-from .routing import Routing, RoutingContext, routing_inputs
+from .routing.context import Routing, RoutingContext, routing_inputs
+from .tuner.config.mixture import MoLoraConfig
 
 WIDTH, EXPERTS, BATCH, LENGTH = 8, 3, 2, 5
 

@@ -31,8 +31,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from peft_moe.io.text_data import load_text_dataset, text_kind
 from peft_moe.training import StrictTrlParser
-from peft_moe.training.data import load_text_dataset, text_kind
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # distinct, or the label of every end would be masked
 

@@ -30,8 +30,8 @@ from trl import (
     get_quantization_config,
 )
 
+from peft_moe.io.text_data import load_text_dataset, text_kind
 from peft_moe.training import StrictTrlParser
-from peft_moe.training.data import load_text_dataset, text_kind
 
 
 @dataclass

@@ -32,8 +32,8 @@ from peft_moe.evaluation.forgetting import ForgettingReport
 from peft_moe.evaluation.score import score_texts
 from peft_moe.fitting import fit_router
 from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser
-from peft_moe.training.modular import set_stage, write_fresh_experts
 from peft_moe.training.recipe_arguments import check_mixture_fields, recipe_data
+from peft_moe.training.stages import set_stage, write_fresh_experts
 
 
 @dataclass

@@ -26,8 +26,8 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, get_quantization_
 
 from peft_moe.errors import PeftMoeError, near_matches
 from peft_moe.fitting import fit_router
-from peft_moe.mixfile.strict_yaml import read_yaml
-from peft_moe.saving import load_mixture
+from peft_moe.io.strict_yaml import read_yaml
+from peft_moe.io.text_data import PREFERENCES
 from peft_moe.training import (
     MoLoraDPOTrainer,
     MoLoraGRPOTrainer,
@@ -35,9 +35,9 @@ from peft_moe.training import (
     StrictTrlParser,
     last_good_checkpoint,
 )
-from peft_moe.training.data import PREFERENCES
 from peft_moe.training.recipe_arguments import recipe_data, recipe_mixture
-from peft_moe.training.rewards import reward_named
+from peft_moe.training.trainers.rewards import reward_named
+from peft_moe.tuner.saving.save_load import load_mixture
 
 METHODS = {
     "dpo": (MoLoraDPOTrainer, DPOConfig, "rewards/accuracies"),

@@ -27,7 +27,8 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from peft_moe import MoLoraConfig
 from peft_moe.fitting import fit_router
-from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser, last_good_checkpoint, robustness
+from peft_moe.training import MoLoraSFTTrainer, StrictTrlParser, last_good_checkpoint
+from peft_moe.training.data import augmentation as robustness
 from peft_moe.training.recipe_arguments import by_domain, recipe_data, recipe_mixture
 
 

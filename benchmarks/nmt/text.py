@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch.nn import functional
 
 from peft_moe import PeftMoeError, routing_inputs
-from peft_moe.training import robustness
+from peft_moe.training.data import augmentation as robustness
 
 SEEN, UNSEEN, GENERIC = ("it", "law"), "shell", "generic"
 RIGHT, WRONG, NONE = "right", "wrong", "none"  # what the system is told of a sentence's domain

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_moe import MoLoraConfig
 from peft_moe.errors import PeftMoeError
 from peft_moe.ops import FORMS
-from peft_moe.routing import record_routing
+from peft_moe.routing.context import record_routing
 
 from .experts import Case, Experts, adapted, make_base
 

@@ -9,10 +9,10 @@ Each function takes a PeftModel, edits its active mixture (or ``adapter_name``),
 anything. Give ``optimizer`` in the middle of a training, so that it goes on with the edited model.
 """
 
-from .experts import add_expert, remove_expert, rename_expert, reorder_experts, replace_expert
+from .freezing import freeze_expert, unfreeze_expert
 from .mixture import Edited
+from .operations import add_expert, remove_expert, rename_expert, reorder_experts, replace_expert
 from .optimizer import follow_edit
-from .training import freeze_expert, unfreeze_expert
 
 __all__ = [
     "Edited",

@@ -11,18 +11,18 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from ..config import MoLoraConfig
-from ..digests import expert_digests
 from ..errors import PeftMoeError
-from ..experts.adapters import ExpertFile
-from ..experts.edit import Edit, edited_config, ranks_after
+from ..experts.adapter import ExpertFile
 from ..experts.spec import ExpertSpec
-from ..layer import MoLoraLayer
-from ..model import MoLoraModel
-from ..model_router import ModelRouter
 from ..routers import Router
-from ..sharing import MODEL_SEAT, named_routers
-from ..taps import resolve_tap
+from ..tuner.config.mixture import MoLoraConfig
+from ..tuner.layers.linear import MoLoraLayer
+from ..tuner.layers.model_router import ModelRouter
+from ..tuner.layers.shared_router import MODEL_SEAT, named_routers
+from ..tuner.layers.tap import resolve_tap
+from ..tuner.model import MoLoraModel
+from ..tuner.saving.expert_digests import expert_digests
+from .plan import Edit, edited_config, ranks_after
 
 Move = Callable[[Tensor], Tensor]
 

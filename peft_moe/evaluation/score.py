@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import PeftMoeError
-from ..routing import routing_inputs
+from ..routing.context import routing_inputs
 
 Text = Sequence[tuple[str, str]]
 """Turns of (prompt, completion), one after another."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.experts.base_view import BaseView, base_modules, family
+from peft_moe.experts.base_modules import BaseView, base_modules, family
 from peft_moe.experts.spec import NAME_RULE, RESERVED_NAMES
 
 # A revision is comparable with another of its own kind only: a commit, or a branch or tag.

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..card import UNKNOWN, base_license
 from ..experts.spec import ExpertSpec
-from .adapter_files import write_adapter
+from ..io.adapter_files import write_adapter
+from ..tuner.config.model_card import UNKNOWN, base_license
 from .lora import beside
+from .mixture_tensors import Mixture
 from .report import ExportReport
-from .source import Mixture
 
 
 def export_adapters(mixture: Mixture, folder: Path, report: ExportReport) -> None:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from ..errors import PeftMoeError
-from ..experts.headers import tensor_key
-from ..sharing import MODEL_SEAT
-from .adapter_files import lora_fields, write_adapter
-from .base import find_tokenizer, load_on_base, packed_files, take_along
+from ..experts.tensor_checks import tensor_key
+from ..io.adapter_files import lora_fields, write_adapter
+from ..tuner.layers.shared_router import MODEL_SEAT
+from .base_model import find_tokenizer, load_on_base, packed_files, take_along
 from .lora import Folded, beside, lora_card
+from .mixture_tensors import Mixture
 from .report import ExportReport
-from .source import Mixture
 
 _BATCHES_OF_GATES = 16
 
@@ -35,7 +35,7 @@ class Distillation:
     """What a distilled LoRA learns from, and how.
 
     Attributes:
-        data: texts, as :func:`peft_moe.training.data.load_text_dataset` takes them: a .jsonl file of
+        data: texts, as :func:`peft_moe.io.text_data.load_text_dataset` takes them: a .jsonl file of
             ``prompt`` and ``completion``, ``messages`` or ``text``; or a dataset.
         eval_data: held-out texts; None splits ``eval_fraction`` of ``data`` off.
         eval_fraction: see there.
@@ -103,7 +103,7 @@ def export_distilled(
     how: Distillation | None,
 ) -> None:
     """Train and write the LoRA; ``report.measured`` gets the gap."""
-    from ..training.imitation import ImitationTrainer, batches, mean_gates, measure, sft_config
+    from ..training.trainers.student import ImitationTrainer, batches, mean_gates, measure, sft_config
 
     assert how is not None
     assert rank is not None
@@ -151,7 +151,7 @@ def export_distilled(
 
 def _texts(how: Distillation) -> tuple[Any, Any]:
     """Training and held-out records, checked; a plain dataset is taken as it is."""
-    from ..training.data import load_text_dataset
+    from ..io.text_data import load_text_dataset
 
     def load(source: Any) -> Any:
         return source if hasattr(source, "column_names") else load_text_dataset(source)

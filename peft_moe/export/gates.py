@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..controls import check_gates
 from ..errors import PeftMoeError
-from ..limits import fixed_gates
-from .source import Mixture
+from ..routing.controls import check_gates
+from ..tuner.layers.resolve_controls import fixed_gates
+from .mixture_tensors import Mixture
 
 
 def read_gates(text: str) -> dict[str, float]:

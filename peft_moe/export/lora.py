@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..card import base_license, experts_table
 from ..errors import PeftMoeError
-from .adapter_files import lora_fields, write_adapter
-from .fold import cut, distance, fold, product_norm, scaled_ranks
+from ..io.adapter_files import lora_fields, write_adapter
+from ..tuner.config.model_card import base_license, experts_table
+from .fold_gates import cut, distance, fold, product_norm, scaled_ranks
 from .gates import constant_gates, shared_gates
+from .mixture_tensors import Mixture
 from .report import ExportReport
-from .source import Mixture
 
 
 class Folded:

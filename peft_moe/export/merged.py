@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base_precision import describe_precision
 from ..errors import PeftMoeError
-from ..experts.checkpoint import quiet_transformers
-from ..layer import MoLoraLayer
-from ..routing import Routing
-from .base import load_on_base, packed_files, take_along
+from ..io.checkpoint import quiet_transformers
+from ..routing.context import Routing
+from ..tuner.layers.linear import MoLoraLayer
+from ..tuner.saving.base_precision import describe_precision
+from .base_model import load_on_base, packed_files, take_along
 from .gates import constant_gates, shared_gates
+from .mixture_tensors import Mixture
 from .report import ExportReport
-from .source import Mixture
 
 
 class _Fixed:

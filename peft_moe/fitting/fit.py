@@ -23,16 +23,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..config import MoLoraConfig
 from ..errors import PeftMoeError, near_matches
-from ..layer import MoLoraLayer
 from ..routers import PRESETS, Router
-from ..sharing import named_routers
-from .inputs import INPUTS, InputReader
+from ..tuner.config.mixture import MoLoraConfig
+from ..tuner.layers.linear import MoLoraLayer
+from ..tuner.layers.shared_router import named_routers
 from .phatgoose import train_vectors
+from .router_inputs import INPUTS, InputReader
 from .samples import Prompts, described_rows, labelled_rows
-from .solve import FILLS, REGULARISATION, SOLVERS
-from .stream import Plan, fit_streamed
+from .solvers import FILLS, REGULARISATION, SOLVERS
+from .streaming import Plan, fit_streamed
 from .token_rows import TokenRows
 
 METHODS = (*SOLVERS, "phatgoose", "arrow")

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..call import IGNORE
-from ..config import MoLoraConfig
 from ..routers import Router
 from ..routers.pooling import spread_turns
-from ..routing import Routing, RoutingContext, routing_inputs
+from ..routing.context import Routing, RoutingContext, routing_inputs
+from ..routing.model_call import IGNORE
+from ..tuner.config.mixture import MoLoraConfig
 from .samples import batches
-from .stream import Plan
+from .streaming import Plan
 from .token_rows import TokenRows
 
 _WARM_UP = 0.06  # of the steps, as in the paper's code

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..config import MoLoraConfig
-from ..domains import UNKNOWN, domain_columns
 from ..errors import PeftMoeError, near_matches
+from ..tuner.config.domains import UNKNOWN, domain_columns
+from ..tuner.config.mixture import MoLoraConfig
 from .token_rows import Row, TokenRows
 
 Prompts = Mapping[str, Mapping[str, Sequence[Any]]]

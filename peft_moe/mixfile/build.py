@@ -18,15 +18,15 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, set_seed
 
 from ..errors import PeftMoeError
-from ..experts.checkpoint import Checkpoint, quiet_transformers
-from ..experts.extract import extract_adapter
-from ..experts.extract_files import task_of
-from ..experts.extract_report import REPORT_FILE, ExtractionReport
+from ..experts.extraction.extract import extract_adapter
+from ..experts.extraction.files import task_of
+from ..experts.extraction.report import REPORT_FILE, ExtractionReport
 from ..fitting import FitReport, fit_router
-from ..new_folder import check_new_folder, new_folder
+from ..io.atomic import check_new_folder, new_folder
+from ..io.checkpoint import Checkpoint, quiet_transformers
 from .entries import ExpertEntry
-from .inspection import Inspection
-from .preflight import Preflight, inspect_file, refuse, torch_dtype
+from .inspect import Preflight, inspect_file, refuse, torch_dtype
+from .inspection_report import Inspection
 from .schema import MixFile
 
 FILE_COPY = "mix.yaml"
@@ -150,7 +150,7 @@ def _fit_data(file: MixFile) -> list[dict[str, Any]]:
     data = (file.fit or {}).get("data")
     if data is None:
         return []
-    from ..training.data import load_text_dataset
+    from ..io.text_data import load_text_dataset
 
     try:
         return list(load_text_dataset(data))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PeftMoeError, near_matches
-from ..experts.extract import DTYPES
+from ..experts.extraction.extract import DTYPES
 
 EXTRACT_KEYS = ("rank", "energy", "max_rank", "dense", "target_modules", "dtype")
 _EXPERT_KEYS = ("name", "source_model", "positive_prompts", "negative_prompts", "extract", "keep")

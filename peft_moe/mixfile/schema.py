@@ -26,11 +26,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..config import MoLoraConfig
 from ..errors import PeftMoeError, near_matches
+from ..io.strict_yaml import read_yaml
+from ..tuner.config.mixture import MoLoraConfig
 from .entries import ExpertEntry, anchored, as_text, check_known, read_entries, read_shared, refuse_not_here
 from .gates import gate_fields
-from .strict_yaml import read_yaml
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FIT_KEYS = (

@@ -3,16 +3,16 @@
 A new form is one file with a class and a line below.
 """
 
-from .cost import Choice, check_backend, choose, facts_of
-from .folded import Folded, folded_delta
-from .forms import FORMS, Facts, Form, Operands, register_form
-from .gather import Gather
-from .grouped import Grouped
-from .mixing import mix
-from .ranks import RankMap
-from .reference import Reference, mix_reference
-from .stacked import Stacked
-from .triton_forms import TritonGather, TritonSorted, TritonStacked
+from .backend import FORMS, Facts, Form, Operands, register_form
+from .backends.folded import Folded, folded_delta
+from .backends.gather import Gather
+from .backends.grouped import Grouped
+from .backends.reference import Reference, mix_reference
+from .backends.stacked import Stacked
+from .choose import Choice, check_backend, choose, facts_of
+from .mix import mix
+from .rank_map import RankMap
+from .triton.backends import TritonGather, TritonSorted, TritonStacked
 
 __all__ = [
     "FORMS",

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ranks import RankMap
-from .triton_common import RankTables, rank_tables
-from .triton_gather import gather_mix
-from .triton_schedule import Schedule, make_schedule
-from .triton_sparse import expand, rows_per_block, shrink
-from .triton_stacked import stacked_expand, stacked_shrink
-from .twice import Gradients, once
+from .once_differentiable import Gradients, once
+from .rank_map import RankMap
+from .triton.common import RankTables, rank_tables
+from .triton.gather import gather_mix
+from .triton.schedule import Schedule, make_schedule
+from .triton.sparse import expand, rows_per_block, shrink
+from .triton.stacked import stacked_expand, stacked_shrink
 
 
 def mix_sorted(

@@ -12,12 +12,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..config import MoLoraConfig
 from ..errors import PeftMoeError, near_matches
-from ..layer import MoLoraLayer, linear_sizes
-from .experts import expert_specs
-from .skeleton import build_skeleton, find_config, precision_of, weigh
-from .step import step_peak
+from ..tuner.config.mixture import MoLoraConfig
+from ..tuner.layers.linear import MoLoraLayer, linear_sizes
+from .header_specs import expert_specs
+from .meta_base import build_skeleton, find_config, precision_of, weigh
+from .traced_step import step_peak
 
 # Bytes per trained number that an optimizer keeps between steps, for float32 weights.
 OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}

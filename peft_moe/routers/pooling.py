@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeftMoeError
-from ..routing import Routing, RoutingContext
+from ..routing.context import Routing, RoutingContext
 
 POOLS = ("mean", "last")
 

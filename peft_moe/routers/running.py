@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..routing import RoutingContext
+from ..routing.context import RoutingContext
 from .pooling import pool_prompts
 
 # Within a chunk the recurrence is one product with a [C, C] matrix; from chunk to chunk it is carried.

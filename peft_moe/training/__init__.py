@@ -1,11 +1,11 @@
 """Training routers with TRL: the only part of the package that imports trl."""
 
-from .checkpoints import last_good_checkpoint
-from .grpo import MoLoraGRPOTrainer
-from .preference import MoLoraDPOTrainer, MoLoraKTOTrainer, MoLoraRewardTrainer
 from .recipe_arguments import StrictTrlParser
-from .router_trainer import RouterTrainerMixin
-from .sft import MoLoraSFTTrainer
+from .trainers.checkpoints import last_good_checkpoint
+from .trainers.grpo import MoLoraGRPOTrainer
+from .trainers.preference import MoLoraDPOTrainer, MoLoraKTOTrainer, MoLoraRewardTrainer
+from .trainers.router_mixin import RouterTrainerMixin
+from .trainers.sft import MoLoraSFTTrainer
 
 __all__ = [
     "MoLoraDPOTrainer",

@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
-from ..config import MoLoraConfig
 from ..errors import PeftMoeError, near_matches
-from ..mixfile.strict_yaml import read_yaml
-from .data import KINDS, Kinds, Source, load_text_dataset, source_name, text_kind
+from ..io.strict_yaml import read_yaml
+from ..io.text_data import KINDS, Kinds, Source, load_text_dataset, source_name, text_kind
+from ..tuner.config.mixture import MoLoraConfig
 
 
 def recipe_mixture(experts: Mapping[str, str], mixture: Mapping[str, Any], model_args: Any) -> MoLoraConfig:
@@ -63,7 +63,7 @@ def recipe_data(
         per_domain: records of each at most, drawn with ``seed``.
         eval_fraction: of those, held out.
         seed: of the draw.
-        kinds: of records, see :func:`peft_moe.training.data.load_text_dataset`.
+        kinds: of records, see :func:`peft_moe.io.text_data.load_text_dataset`.
 
     Raises:
         PeftMoeError: what the files hold cannot be trained on, or nothing would be left.

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from peft_moe.demo import BASE_NAME, asset_path
-from peft_moe.demo.skills import BASE, EXPERTS, Sample
-from peft_moe.demo.tokenizer import demo_tokenizer
+from peft_moe.cli.demo import BASE_NAME, asset_path
+from peft_moe.cli.demo.skills import BASE, EXPERTS, Sample
+from peft_moe.cli.demo.tokenizer import demo_tokenizer
 
 BATCH = 100
 

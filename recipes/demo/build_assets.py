@@ -7,7 +7,7 @@
 
 Run them from the repository's root. Memory stays below 2 GB. The base's last loss is about 0.2
 (answers, and lightly weighted the questions, whose arguments cannot be guessed), an expert's
-below 0.03. Weights are written in bfloat16 into peft_moe/demo/assets.
+below 0.03. Weights are written in bfloat16 into peft_moe/cli/demo/assets.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from peft import LoraConfig, get_peft_model
 from rows import base_rows, expert_rows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import peft_moe.demo
-from peft_moe.demo import BASE_NAME
-from peft_moe.demo.skills import EXPERTS
-from peft_moe.demo.tokenizer import demo_tokenizer
+import peft_moe.cli.demo
+from peft_moe.cli.demo import BASE_NAME
+from peft_moe.cli.demo.skills import EXPERTS
+from peft_moe.cli.demo.tokenizer import demo_tokenizer
 
-ASSETS = Path(peft_moe.demo.__file__).parent / "assets"
+ASSETS = Path(peft_moe.cli.demo.__file__).parent / "assets"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 

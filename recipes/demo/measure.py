@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from peft_moe.demo.skills import (
+from peft_moe.cli.demo.skills import (
     BASE,
     BASE_SKILLS_HELD_OUT,
     BASE_SKILLS_SEEN,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from peft_moe.demo.skills import (
+from peft_moe.cli.demo.skills import (
     BASE_SKILLS_HELD_OUT,
     BASE_SKILLS_SEEN,
     EXPERTS,

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_moe.training.data import load_text_dataset
+from peft_moe.io.text_data import load_text_dataset
 
 Record = tuple[torch.Tensor, int]  # ids [1, T] and the number of prompt tokens among them
 

@@ -24,8 +24,8 @@ from support.zoo import Zoo, silence_below_tap
 from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig, PeftMoeError, routing_inputs
-from peft_moe.layer import MoLoraLayer
-from peft_moe.linear import per_token
+from peft_moe.tuner.layers.linear import MoLoraLayer
+from peft_moe.tuner.layers.linear_like import per_token
 
 # float32 against float32 along another order of summation: outputs of size 3 hold about 1e-6.
 FP32 = {"atol": 1e-5, "rtol": 1e-5}

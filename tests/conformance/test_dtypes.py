@@ -17,7 +17,7 @@ from support.zoo import Zoo, silence_below_tap
 from torch import Tensor, nn
 
 from peft_moe import PeftMoeError
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 EXPERTS = list(RECIPES)
 SOME = [pair for pair in GATED if pair[0] in {"llama", "gpt2", "bert", "t5"}]

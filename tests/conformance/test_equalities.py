@@ -24,7 +24,7 @@ from support.routing import (
 from support.zoo import Zoo, silence_below_tap
 
 from peft_moe import PeftMoeError, record_routing
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 # float32 against float32 along another order of summation: logits of size 3 hold about 1e-6.
 FP32 = {"atol": 1e-5, "rtol": 1e-5}

@@ -15,8 +15,8 @@ from support.zoo import Zoo
 from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing, routing_inputs
-from peft_moe.layer import MoLoraLayer
 from peft_moe.routers import PRESETS
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 DOMAINS = torch.tensor([1, 0])
 # float32 along another order of summation.

@@ -20,7 +20,7 @@ from support.training import make_trainer, router_values, samples
 from support.zoo import Zoo
 
 from peft_moe import PeftMoeError
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 ROOT = Path(__file__).parents[2]
 DATA = Dataset.from_list(samples(8))

@@ -35,7 +35,7 @@ from faults.harness import (
     parametrized,
 )
 from peft_moe import MoLoraConfig, load_mixture
-from peft_moe.experts.config_fields import FIELD_RULES
+from peft_moe.experts.config_rules import FIELD_RULES
 
 # What a field of an adapter's config holds that cannot be read; refused ones are switched on.
 BAD: dict[str, Any] = {

@@ -25,8 +25,9 @@ from support.batches import batch_for, logits_of, texts
 from support.zoo import Zoo
 
 from faults.harness import WEIGHTS, Bench
-from peft_moe import MoLoraConfig, PeftMoeError, load_mixture, new_folder, save_mixture
-from peft_moe.saved_files import check_weights_file, file_digest
+from peft_moe import MoLoraConfig, PeftMoeError, load_mixture, save_mixture
+from peft_moe.io import atomic as new_folder
+from peft_moe.tuner.config.weights_file import check_weights_file, file_digest
 
 BATCH = batch_for("llama", texts())
 TRIALS = int(os.environ.get("PEFT_MOE_KILLS", "50"))

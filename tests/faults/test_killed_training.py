@@ -25,7 +25,7 @@ from support.zoo import Zoo
 from faults.harness import flipped
 from peft_moe import PeftMoeError
 from peft_moe.training import last_good_checkpoint
-from peft_moe.training.checkpoints import SEAL, what_is_wrong
+from peft_moe.training.trainers.checkpoints import SEAL, what_is_wrong
 
 RUNS = int(os.environ.get("PEFT_MOE_KILLED_RUNS", "2"))
 STEPS, SEEDS = 6, 20

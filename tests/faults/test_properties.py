@@ -30,8 +30,9 @@ from support.zoo import Zoo
 from torch import nn
 
 from faults.harness import BATCH, CONFIG, WEIGHTS, Bench, edit_bytes, edit_tensors, flipped
-from peft_moe import MoLoraConfig, PeftMoeError, load_mixture, new_folder
+from peft_moe import MoLoraConfig, PeftMoeError, load_mixture
 from peft_moe.experts.spec import RESERVED_NAMES
+from peft_moe.io import atomic as new_folder
 
 
 class Damaged:

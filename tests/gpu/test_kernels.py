@@ -9,7 +9,7 @@ import torch
 from support.mixtures import Mixture, distance, draw_mixture, poisoned
 
 from peft_moe.ops import FORMS, choose, facts_of, mix
-from peft_moe.ops.forms import Operands
+from peft_moe.ops.backend import Operands
 
 # float32 sums of 384 products; bf16 and fp16 round h, the partial sums and y: 2^-9 and 2^-12 each, 4 times.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}

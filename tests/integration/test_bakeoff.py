@@ -12,11 +12,11 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from peft_moe import PeftMoeError, Scorer
-from peft_moe.cli import app
-from peft_moe.demo import BASE_NAME, asset_path
-from peft_moe.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, generate, write_jsonl
-from peft_moe.evaluation.bakeoff.contestants import contestant
-from peft_moe.routers import registry
+from peft_moe.cli.demo import BASE_NAME, asset_path
+from peft_moe.cli.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, generate, write_jsonl
+from peft_moe.cli.main import app
+from peft_moe.evaluation.bakeoff.methods import contestant
+from peft_moe.routers import scorer as registry
 
 # One with rank-stabilised scaling first, ranks 8 and 16, one that adapts attention only.
 EXPERTS = ("date", "reverse", "query")

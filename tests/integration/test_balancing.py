@@ -16,11 +16,11 @@ from support.training import batches_of, make_trainer, samples, tokenised
 from support.zoo import Zoo
 
 from peft_moe import PeftMoeError, record_routing
-from peft_moe.losses import decision_weights
 from peft_moe.routers import Router, RouterSettings
-from peft_moe.routing import Routing, RoutingContext, RoutingRecord
-from peft_moe.sharing import named_routers
-from peft_moe.training.balancing import BiasBalancer
+from peft_moe.routers.losses import decision_weights
+from peft_moe.routing.context import Routing, RoutingContext, RoutingRecord
+from peft_moe.training.trainers.load_balancing import BiasBalancer
+from peft_moe.tuner.layers.shared_router import named_routers
 
 RATE = 0.02
 # Adam's steps of 1e-5 leave the scores as they are: what changes the loads is the bias.
@@ -156,8 +156,8 @@ PROCESS = """
 import sys, torch
 from torch import distributed
 from peft_moe.routers import Router, RouterSettings
-from peft_moe.routing import Routing, RoutingContext, RoutingRecord
-from peft_moe.training.balancing import BiasBalancer, SparsitySteering
+from peft_moe.routing.context import Routing, RoutingContext, RoutingRecord
+from peft_moe.training.trainers.load_balancing import BiasBalancer, SparsitySteering
 
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", rank=rank, world_size=2)

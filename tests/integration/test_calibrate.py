@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.calibrate import CPU, FITTED, Timed, fit, main
 from peft_moe.ops import FORMS, facts_of
-from peft_moe.ops.constants import SHIPPED, read_devices
+from peft_moe.ops.device_costs import SHIPPED, read_devices
 
 
 def test_exact_times_give_back_the_constants_behind_them():

@@ -14,8 +14,8 @@ from support.zoo import Zoo
 from typer.testing import CliRunner
 
 from peft_moe import MoLoraConfig, PeftMoeError
-from peft_moe.card import update_card
-from peft_moe.cli import app
+from peft_moe.cli.main import app
+from peft_moe.tuner.config.model_card import update_card
 
 
 def licensed(zoo: Zoo, folder: Path, card: str) -> str:

@@ -22,8 +22,8 @@ from peft_moe import (
     use_gates,
     use_temperature,
 )
-from peft_moe.sharing import named_routers
 from peft_moe.training import MoLoraSFTTrainer
+from peft_moe.tuner.layers.shared_router import named_routers
 
 # float32, another order of summation, and rounding that passes through the cache.
 FP32 = {"atol": 2e-5, "rtol": 1e-5}

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_moe.demo import asset_path
-from peft_moe.demo.chat import answer, load_mixture
-from peft_moe.demo.run import FITTED, GATELESS, ORACLE, TRAINED
-from peft_moe.demo.skills import EXPERTS, generate
-from peft_moe.layer import MoLoraLayer
+from peft_moe.cli.demo import asset_path
+from peft_moe.cli.demo.chat import answer, load_mixture
+from peft_moe.cli.demo.run import FITTED, GATELESS, ORACLE, TRAINED
+from peft_moe.cli.demo.skills import EXPERTS, generate
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-c", "from peft_moe.cli import run; run()", "demo", "--out", str(folder)]
+    command = [sys.executable, "-c", "from peft_moe.cli.main import run; run()", "demo", "--out", str(folder)]
     done = subprocess.run(
         [*command, "--questions", "30", "--steps", "8"], capture_output=True, text=True, check=False
     )

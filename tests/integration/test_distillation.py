@@ -26,9 +26,9 @@ from support.zoo import Zoo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_moe import PeftMoeError, routing_inputs
-from peft_moe.domains import domain_columns
-from peft_moe.training.adaptive import AdaptiveWeights
-from peft_moe.training.distillation import own_expert_gates
+from peft_moe.training.trainers.adaptive_weights import AdaptiveWeights
+from peft_moe.training.trainers.distillation import own_expert_gates
+from peft_moe.tuner.config.domains import domain_columns
 
 T = 2.0
 DISTIL = {"distillation_coef": 0.7, "distillation_temperature": T}

@@ -16,8 +16,8 @@ from support.zoo import Zoo
 from torch import Tensor
 
 from peft_moe import MoLoraConfig, PeftMoeError, editing, record_routing, routing_inputs
-from peft_moe.layer import MoLoraLayer
-from peft_moe.sharing import named_routers
+from peft_moe.tuner.layers.linear import MoLoraLayer
+from peft_moe.tuner.layers.shared_router import named_routers
 
 BATCH = batch_for("llama", texts())
 # The mean of a few float32 numbers.

@@ -15,7 +15,7 @@ from support.zoo import Zoo
 from typer.testing import CliRunner
 
 from peft_moe import PeftMoeError, editing
-from peft_moe.cli import app
+from peft_moe.cli.main import app
 
 ROUTINGS = ["dense", "top2", "uniform", "prompt-probe", "block"]
 NEW = Recipe("all", 9, {"r": 5, "lora_alpha": 10})

@@ -17,7 +17,7 @@ from support.zoo import Zoo
 from torch import Tensor
 
 from peft_moe import MoLoraConfig, PeftMoeError, editing, record_routing
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 BATCH = batch_for("llama", texts())
 LETTERS = {"wide": "abcde", "narrow": "klmno", "upper": "uvwxy", "extra": "01234"}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from peft_moe import PeftMoeError, use_experts
-from peft_moe.cli import app
+from peft_moe.cli.main import app
 from peft_moe.export import export
 
 # float32 against float32 along another order of summation, as in the table of equalities.

@@ -16,9 +16,9 @@ from support.training import samples
 from typer.testing import CliRunner
 
 from peft_moe import MoLoraConfig, PeftMoeError
-from peft_moe.cli import app
+from peft_moe.cli.main import app
 from peft_moe.export import Distillation, export
-from peft_moe.training.imitation import measure
+from peft_moe.training.trainers.student import measure
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from peft_moe import PeftMoeError
-from peft_moe.cli import app
+from peft_moe.cli.main import app
 from peft_moe.export import export
-from peft_moe.export.shards import Piece, read_size, write_shards
+from peft_moe.io.shards import Piece, read_size, write_shards
 
 # float32 against float32 along another order of summation, as in the table of equalities.
 FP32 = {"atol": 1e-5, "rtol": 1e-5}

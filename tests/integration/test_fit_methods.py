@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_moe import MoLoraConfig, PeftMoeError, routing_inputs
 from peft_moe.fitting import FitReport, fit_router
-from peft_moe.fitting.inputs import InputReader
+from peft_moe.fitting.router_inputs import InputReader
 from peft_moe.fitting.samples import batches, labelled_rows
-from peft_moe.fitting.sums import Inputs
+from peft_moe.fitting.sufficient_statistics import Inputs
 from peft_moe.fitting.token_rows import Row, TokenRows
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 ROWS = samples(24)  # domains wide, narrow, upper, weather; the last is no expert's
 NAMES = ["wide", "narrow", "upper", "weather"]

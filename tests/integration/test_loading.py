@@ -35,7 +35,7 @@ def test_peak_is_the_mixture_and_one_adapter():
 
 
 def test_a_progress_bar_counts_layers_where_reading_takes_a_while(monkeypatch, zoo, capsys):
-    monkeypatch.setattr("peft_moe.experts.plan.PATIENCE", 0.0)
+    monkeypatch.setattr("peft_moe.tuner.layers.expert_factors.PATIENCE", 0.0)
     transformers_logging.enable_progress_bar()  # a fixture of another test may have silenced it
     zoo.mixture("llama")
     told = capsys.readouterr().err

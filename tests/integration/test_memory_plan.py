@@ -20,9 +20,9 @@ from transformers import CLIPTextConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from peft_moe import MoLoraConfig, PeftMoeError
-from peft_moe.cli import app
+from peft_moe.cli.main import app
 from peft_moe.planning import MemoryPlan, Training, plan_memory
-from peft_moe.planning.live import LiveBytes
+from peft_moe.planning.live_bytes import LiveBytes
 
 TESTS = Path(__file__).parents[1]
 TINY = {
@@ -173,7 +173,7 @@ def test_planned_and_measured_peaks_are_close(name: str) -> None:
 
 def test_adapters_are_read_by_their_headers(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks, targets and types of the files, without one of their tensors."""
-    from peft_moe.experts.adapters import ExpertFile
+    from peft_moe.experts.adapter import ExpertFile
 
     monkeypatch.setattr(ExpertFile, "read", lambda *_: pytest.fail("a tensor was read"))
     folders = zoo.experts("llama")

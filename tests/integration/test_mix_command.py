@@ -14,10 +14,10 @@ from support.models import load_base, save_adapter, save_base, save_full
 from typer.testing import CliRunner
 
 import peft_moe
-from peft_moe import cli
-from peft_moe.experts.extract import extract_adapter
+from peft_moe.cli import main as cli
+from peft_moe.experts.extraction.extract import extract_adapter
 from peft_moe.mixfile import build_mixture, inspect_file
-from peft_moe.mixfile.preflight import inspect_paths
+from peft_moe.mixfile.inspect import inspect_paths
 
 SUMS, POEMS, CODE = (
     ["12 + 30 =", "7 + 5 =", "add 4 to 9"],
@@ -183,7 +183,8 @@ def test_what_is_announced_is_what_happens(place, tmp_path):
 
 
 def test_inspection_reads_no_weight(place, monkeypatch):
-    from peft_moe.experts import adapters, checkpoint
+    from peft_moe.experts import adapter as adapters
+    from peft_moe.io import checkpoint
 
     def refuse(*args, **kwargs):
         raise AssertionError("a tensor was read")

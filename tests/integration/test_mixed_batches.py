@@ -11,7 +11,7 @@ from support.zoo import Zoo
 from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig, PeftMoeError, routing_inputs
-from peft_moe.mixed_batch import mixed_batch, rows_of
+from peft_moe.routing.mixed_batch import mixed_batch, rows_of
 
 NAMES = ["one", "__base__", "two", "one"]
 LENGTHS = (9, 6, 8, 5)

@@ -23,8 +23,8 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from peft_moe import PeftMoeError
 from peft_moe.evaluation.forgetting import ForgettingReport
-from peft_moe.training.balanced import BalancedSampler, balanced_sampler
-from peft_moe.training.modular import set_stage, write_fresh_experts
+from peft_moe.training.data.balanced_sampler import BalancedSampler, balanced_sampler
+from peft_moe.training.stages import set_stage, write_fresh_experts
 
 ROOT = Path(__file__).parents[2]
 UNEQUAL = ["a"] * 3 + ["b"] * 20 + ["c"] * 7

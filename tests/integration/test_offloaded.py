@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_moe import PeftMoeError
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 IDS = torch.tensor([[5, 9, 3, 7, 11]])
 KINDS = {

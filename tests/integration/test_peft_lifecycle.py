@@ -26,7 +26,7 @@ from support.zoo import Zoo
 from transformers import AutoModelForCausalLM
 
 from peft_moe import MoLoraConfig, PeftMoeError
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 BATCH = batch_for("llama", texts())
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -26,7 +26,7 @@ from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing
-from peft_moe.routing import current_inputs
+from peft_moe.routing.context import current_inputs
 from peft_moe.training import RouterTrainerMixin
 
 KINDS = list(TRAINERS)

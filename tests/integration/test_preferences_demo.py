@@ -17,10 +17,10 @@ from support.training import router_values
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_moe import MoLoraConfig, record_routing
-from peft_moe.demo import BASE_NAME, asset_path
-from peft_moe.demo.data import as_text
-from peft_moe.demo.methods import build_mixture, expert_paths
-from peft_moe.demo.skills import EXPERTS, REFUSAL, Sample, Split, generate
+from peft_moe.cli.demo import BASE_NAME, asset_path
+from peft_moe.cli.demo.data import as_text
+from peft_moe.cli.demo.methods import build_mixture, expert_paths
+from peft_moe.cli.demo.skills import EXPERTS, REFUSAL, Sample, Split, generate
 from peft_moe.evaluation import score_texts
 
 # Soft gates per prompt: a reward tells experts apart only if a group's answers differ.

@@ -19,8 +19,8 @@ from support.zoo import Zoo
 
 import peft_moe  # noqa: F401  # registers the adapter's type
 from peft_moe.errors import PeftMoeError
-from peft_moe.training.reference import FILE
-from peft_moe.training.rewards import exact, overlap, reward_named
+from peft_moe.training.trainers.reference_model import FILE
+from peft_moe.training.trainers.rewards import exact, overlap, reward_named
 
 ROOT = Path(__file__).parents[2]
 SHORT = {

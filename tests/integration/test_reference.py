@@ -25,7 +25,7 @@ from torch import nn
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 
 from peft_moe import MoLoraConfig, PeftMoeError
-from peft_moe.training.reference import FILE
+from peft_moe.training.trainers.reference_model import FILE
 
 PLAIN = {"dpo": DPOTrainer, "kto": KTOTrainer, "grpo": GRPOTrainer}
 # Sums of some ten float32 log-probabilities of about 4.

@@ -15,7 +15,7 @@ from support.training import DOMAINS, make_trainer, router_values, samples, toke
 from support.zoo import Zoo
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing, routing_inputs
-from peft_moe.training.robustness import (
+from peft_moe.training.data.augmentation import (
     check_random_domains,
     with_generic_share,
     with_random_domains,

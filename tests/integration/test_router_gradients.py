@@ -28,7 +28,7 @@ from support.zoo import Zoo
 from trl import SFTConfig, SFTTrainer
 
 from peft_moe import PeftMoeError
-from peft_moe.domains import domain_columns
+from peft_moe.tuner.config.domains import domain_columns
 
 WEIGHTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.2, "router_label_loss_coef": 1.0}
 NON_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}

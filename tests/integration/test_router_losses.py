@@ -20,11 +20,11 @@ from support.training import (
 from support.zoo import Zoo
 
 from peft_moe import PeftMoeError
-from peft_moe.domains import domain_columns
-from peft_moe.layer import MoLoraLayer
-from peft_moe.losses import orthogonality_loss
-from peft_moe.training.balancing import SparsitySteering
-from peft_moe.training.terms import LOG_NAMES
+from peft_moe.routers.losses import orthogonality_loss
+from peft_moe.training.trainers.auxiliary_losses import LOG_NAMES
+from peft_moe.training.trainers.load_balancing import SparsitySteering
+from peft_moe.tuner.config.domains import domain_columns
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 RELU = {"scoring_func": "relu", "norm_topk_prob": False}
 # Case -> (fields that both runs share, the field under test, its value).

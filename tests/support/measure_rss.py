@@ -19,7 +19,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from peft_moe import MoLoraConfig
-from peft_moe.layer import MoLoraLayer
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 
 def status(field: str) -> int:

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from peft_moe.demo import BASE_NAME, asset_path
+from peft_moe.cli.demo import BASE_NAME, asset_path
 
 from .adapters import randomise
 

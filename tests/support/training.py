@@ -22,9 +22,9 @@ from transformers import (
 from trl import SFTConfig
 
 from peft_moe import record_routing, routing_inputs
-from peft_moe.losses import auxiliary_losses, loss_options
-from peft_moe.sharing import named_routers
+from peft_moe.routers.losses import auxiliary_losses, loss_options
 from peft_moe.training import MoLoraSFTTrainer, RouterTrainerMixin
+from peft_moe.tuner.layers.shared_router import named_routers
 
 from .bases import VOCAB
 from .batches import IGNORE

@@ -28,9 +28,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.experts import sources
-from peft_moe.experts.adapters import open_experts
-from peft_moe.experts.config_fields import FIELD_RULES
+from peft_moe.experts.adapter import open_experts
+from peft_moe.experts.config_rules import FIELD_RULES
+from peft_moe.io import sources
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"

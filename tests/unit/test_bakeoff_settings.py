@@ -9,8 +9,8 @@ import yaml
 
 from peft_moe import PeftMoeError
 from peft_moe.evaluation import TurnScore
-from peft_moe.evaluation.bakeoff.builders import Cost
-from peft_moe.evaluation.bakeoff.contestants import (
+from peft_moe.evaluation.bakeoff.build import Cost
+from peft_moe.evaluation.bakeoff.methods import (
     FITTED,
     NO_DATA,
     RETRAINED,

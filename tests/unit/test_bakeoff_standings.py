@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from peft_moe.evaluation import TurnScore
-from peft_moe.evaluation.bakeoff.advice import advise
-from peft_moe.evaluation.bakeoff.builders import Cost
-from peft_moe.evaluation.bakeoff.contestants import FITTED, NO_DATA, TRAINED, Contestant, references
+from peft_moe.evaluation.bakeoff.build import Cost
+from peft_moe.evaluation.bakeoff.comparison import MEAN, Comparison, oracle_scores
+from peft_moe.evaluation.bakeoff.methods import FITTED, NO_DATA, TRAINED, Contestant, references
 from peft_moe.evaluation.bakeoff.plot import plot
+from peft_moe.evaluation.bakeoff.recommendation import advise
 from peft_moe.evaluation.bakeoff.records import Record
 from peft_moe.evaluation.bakeoff.report import tables, write_csv
-from peft_moe.evaluation.bakeoff.standings import MEAN, Comparison, oracle_scores
 from peft_moe.evaluation.bakeoff.texts import MARKED, RUNNING, Row
 
 TEXTS = 40

@@ -13,8 +13,8 @@ import pytest
 from peft import PeftConfig
 
 from peft_moe import MoLoraConfig, PeftMoeError
-from peft_moe.config import FORMAT_VERSION
 from peft_moe.routers import PRESETS, RECOMMENDED
+from peft_moe.tuner.config.mixture import FORMAT_VERSION
 
 OURS = {f.name for f in dataclasses.fields(MoLoraConfig)}
 

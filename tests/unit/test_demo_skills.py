@@ -14,8 +14,8 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from peft_moe.demo import BASE_NAME, asset_path
-from peft_moe.demo.skills import (
+from peft_moe.cli.demo import BASE_NAME, asset_path
+from peft_moe.cli.demo.skills import (
     BASE,
     BASE_SKILLS_HELD_OUT,
     BASE_SKILLS_SEEN,
@@ -28,8 +28,8 @@ from peft_moe.demo.skills import (
     two_skill,
     write_jsonl,
 )
-from peft_moe.demo.skills.generate import skill
-from peft_moe.demo.tokenizer import demo_tokenizer
+from peft_moe.cli.demo.skills.generate import skill
+from peft_moe.cli.demo.tokenizer import demo_tokenizer
 
 SKILLS = EXPERTS + BASE_SKILLS_SEEN + BASE_SKILLS_HELD_OUT
 COMMON = 0.1  # a word in more than this share of a skill's prompts must not be its own
@@ -143,7 +143,7 @@ def test_train_and_test_share_no_prompt(name: str):
 
 def test_samples_are_the_same_in_every_process():
     code = (
-        "import hashlib; from peft_moe.demo.skills import *\n"
+        "import hashlib; from peft_moe.cli.demo.skills import *\n"
         "texts = [s.text for n in EXPERTS + BASE_SKILLS_SEEN for s in generate(n, 20, 3)]\n"
         "texts += [s.text for t in two_skill('date', 'copy', 20, 3) for s in t]\n"
         "print(hashlib.sha256(repr(texts).encode()).hexdigest())"

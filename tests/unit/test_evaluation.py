@@ -10,8 +10,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_moe import MoLoraConfig, record_routing
-from peft_moe.demo.skills import EXPERTS, STOP, generate
-from peft_moe.demo.tokenizer import demo_tokenizer
+from peft_moe.cli.demo.skills import EXPERTS, STOP, generate
+from peft_moe.cli.demo.tokenizer import demo_tokenizer
 from peft_moe.evaluation import TurnScore, recovered, score_texts, summarise
 
 TEXTS = [[(s.prompt, s.completion) for s in generate(name, 2, seed=3)] for name in EXPERTS]

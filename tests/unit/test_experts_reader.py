@@ -21,11 +21,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.experts import sources
-from peft_moe.experts.adapters import ExpertFile, open_experts
-from peft_moe.experts.base_view import BaseView, base_modules, family, linear_features
+from peft_moe.experts.adapter import ExpertFile, open_experts
+from peft_moe.experts.base_modules import BaseView, base_modules, family, linear_features
 from peft_moe.experts.checks import check_expert_names, check_same_base
 from peft_moe.experts.spec import ExpertSpec
+from peft_moe.io import sources
 
 
 def llama(**sizes) -> LlamaForCausalLM:

@@ -17,11 +17,11 @@ from support.batches import batch_for, logits_of, texts
 from torch import nn
 
 from peft_moe import PeftMoeError
-from peft_moe.experts.adapters import open_experts
-from peft_moe.experts.checkpoint import Checkpoint
-from peft_moe.experts.extract import extract_adapter
-from peft_moe.experts.extract_svd import RankRule, low_rank, marchenko_pastur_median, relative_error
-from peft_moe.mixfile.headers import inspect_model
+from peft_moe.experts.adapter import open_experts
+from peft_moe.experts.extraction.extract import extract_adapter
+from peft_moe.experts.extraction.svd import RankRule, low_rank, marchenko_pastur_median, relative_error
+from peft_moe.io.checkpoint import Checkpoint
+from peft_moe.mixfile.inspect_parts import inspect_model
 
 REPO = Path(__file__).parents[2]
 
@@ -205,7 +205,7 @@ def test_dtype_of_the_factors(dtype, zoo, tmp_path):
 def test_calibration_text_gives_output_errors_and_divergence(zoo, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from peft_moe.demo import BASE_NAME, asset_path
+    from peft_moe.cli.demo import BASE_NAME, asset_path
 
     tokenizer = AutoTokenizer.from_pretrained(asset_path(BASE_NAME))
     torch.manual_seed(0)
@@ -387,7 +387,7 @@ def test_models_in_the_cache_of_the_hub(zoo, tmp_path):
         (place / "refs" / "main").write_text(commit)
         Path(folder).rename(place / "snapshots" / commit)
     script = (
-        "from peft_moe.experts.extract import extract_adapter as e\n"
+        "from peft_moe.experts.extraction.extract import extract_adapter as e\n"
         f"e('org/base', 'org/full@main', {str(tmp_path / 'out')!r}, progress=False)\n"
         "try: e('org/base', 'org/lost', 'x', progress=False)\n"
         "except ValueError as error: print(error)"
@@ -433,7 +433,7 @@ def test_randomised_factors_are_singular_ones(shape):
 
 
 def test_where_the_check_fails_the_decomposition_is_exact(monkeypatch):
-    from peft_moe.experts import extract_svd
+    from peft_moe.experts.extraction import svd as extract_svd
 
     monkeypatch.setattr(extract_svd, "MAX_ITERATIONS", 1)
     flat = torch.randn(600, 600, generator=torch.Generator().manual_seed(0))  # no gap to converge by
@@ -472,7 +472,7 @@ def test_energy_keeps_the_fewest(energy):
 MEASURE = """
 import sys, torch, json, warnings
 from pathlib import Path
-from peft_moe.experts.extract import extract_adapter
+from peft_moe.experts.extraction.extract import extract_adapter
 warnings.simplefilter("ignore")
 small, large = Path(sys.argv[1]), Path(sys.argv[2])
 extract_adapter(small / "base", small / "full", small / "out", rank=4, progress=False)  # libraries come in

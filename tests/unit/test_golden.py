@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from peft_moe import MoLoraConfig
-from peft_moe.losses import LOSSES, decision_weights, loss_options
 from peft_moe.ops import RankMap, mix, mix_reference
 from peft_moe.routers import Router, RouterSettings, select
-from peft_moe.routing import RoutingContext
+from peft_moe.routers.losses import LOSSES, decision_weights, loss_options
+from peft_moe.routing.context import RoutingContext
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FILES = ("mixture", "gates", "losses")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing, routing_inputs
-from peft_moe.losses import LOSSES, auxiliary_losses, loss_options
+from peft_moe.routers.losses import LOSSES, auxiliary_losses, loss_options
 
 SIZES = {
     "vocab_size": 32,

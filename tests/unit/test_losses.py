@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from peft_moe.losses import (
+from peft_moe.routers import RouterSettings, select
+from peft_moe.routers.losses import (
     LOSSES,
     auxiliary_losses,
     decision_weights,
@@ -18,10 +19,9 @@ from peft_moe.losses import (
     orthogonality_loss,
     zero_share,
 )
-from peft_moe.losses import load_balancing_loss as balance
-from peft_moe.losses import router_z_loss as z_loss
-from peft_moe.routers import RouterSettings, select
-from peft_moe.routing import Routing, RoutingContext, RoutingRecord
+from peft_moe.routers.losses import load_balancing_loss as balance
+from peft_moe.routers.losses import router_z_loss as z_loss
+from peft_moe.routing.context import Routing, RoutingContext, RoutingRecord
 
 B, T, X, K = 3, 5, 4, 2
 NAMES = list(LOSSES)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from peft_moe.metrics import expert_load, routing_entropy, routing_summary
 from peft_moe.routers import RouterSettings, select
-from peft_moe.routing import Routing, RoutingContext, RoutingRecord
+from peft_moe.routers.metrics import expert_load, routing_entropy, routing_summary
+from peft_moe.routing.context import Routing, RoutingContext, RoutingRecord
 
 REAL = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
 CONTEXT = RoutingContext(real=REAL)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.ops import FORMS, Facts, RankMap, choose, triton_forms
-from peft_moe.ops import constants as constants_file
-from peft_moe.ops.constants import DEVICES, SHIPPED, constants_for, read_devices
+from peft_moe.ops import FORMS, Facts, RankMap, choose
+from peft_moe.ops import device_costs as constants_file
+from peft_moe.ops.device_costs import DEVICES, SHIPPED, constants_for, read_devices
+from peft_moe.ops.triton import backends as triton_forms
 
 H100 = "NVIDIA H100 80GB HBM3"
 PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-h100-layer.md"
@@ -37,7 +38,7 @@ def h100(monkeypatch):
     """What a machine with that GPU would choose."""
     monkeypatch.setattr(triton_forms, "_missing", lambda: None)
     monkeypatch.setattr(constants_file, "_gpu", lambda: H100)
-    monkeypatch.setattr("peft_moe.ops.grouped._has_kernel", lambda: True)
+    monkeypatch.setattr("peft_moe.ops.backends.grouped._has_kernel", lambda: True)
 
 
 class TestOnACpu:
@@ -112,7 +113,7 @@ class TestOverride:
             choose(facts(), "staked")
 
     def test_the_choice_explains_itself(self, caplog):
-        with caplog.at_level(logging.DEBUG, logger="peft_moe.ops.cost"):
+        with caplog.at_level(logging.DEBUG, logger="peft_moe.ops.choose"):
             told = choose(facts(one_row=False)).explain()
         assert re.search(r"stacked: cheapest by the model\n  stacked: \d+\.\d us predicted", told)
         assert "folded: not here, its gates differ" in told
@@ -189,7 +190,7 @@ class TestOnAnH100:
     def test_other_gpus_choose_no_kernel(self, monkeypatch):
         monkeypatch.setattr(triton_forms, "_missing", lambda: None)
         monkeypatch.setattr(constants_file, "_gpu", lambda: "NVIDIA Something")
-        monkeypatch.setattr("peft_moe.ops.grouped._has_kernel", lambda: True)
+        monkeypatch.setattr("peft_moe.ops.backends.grouped._has_kernel", lambda: True)
         call = facts(8192, 128, size=4096, device="cuda")
         assert constants_for("cuda", BF16) == SHIPPED["cuda", "bfloat16"]
         assert choose(call).form.name not in TRITON

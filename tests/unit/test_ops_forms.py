@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.ops import FORMS, mix
-from peft_moe.ops.groups import group
+from peft_moe.ops.token_groups import group
 
 CHOSEN_FORMS = ["stacked", "grouped", "gather"]
 # (tokens, in, out, ranks, chosen): odd sizes, unequal ranks, experts without ranks, one token, all chosen;

@@ -7,7 +7,7 @@ import torch
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.routers.pooling import POOLS, pool_prompts, spread_turns
-from peft_moe.routing import Routing, RoutingContext
+from peft_moe.routing.context import Routing, RoutingContext
 
 
 def hidden(rows=2, length=6, width=3):

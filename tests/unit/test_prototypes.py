@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from peft_moe.routers import RouterSettings, scorer_class, select
-from peft_moe.routers.prototypes import short_factor, top_direction
+from peft_moe.routers.scorers.prototypes import short_factor, top_direction
 
 WIDTH, OUT = 12, 7
 # An absent expert, one of a single rank, one of more ranks than outputs, one of more than inputs.

@@ -11,8 +11,8 @@ from torch import nn
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.routers import PRESETS, Router, RouterSettings, Scorer, available_scorers, register_router
-from peft_moe.routers.registry import scorer_class
-from peft_moe.routing import RoutingContext
+from peft_moe.routers.scorer import scorer_class
+from peft_moe.routing.context import RoutingContext
 
 WIDTH = 6
 

@@ -7,7 +7,7 @@ import torch
 
 from peft_moe.routers import running
 from peft_moe.routers.running import running_features
-from peft_moe.routing import RoutingContext
+from peft_moe.routing.context import RoutingContext
 
 HALF_LIFE = 3.0
 DECAY = 0.5 ** (1 / HALF_LIFE)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from peft_moe import PeftMoeError
 from peft_moe.routers import PRESETS, Router, RouterSettings
-from peft_moe.routing import RoutingContext
+from peft_moe.routing.context import RoutingContext
 
 WIDTH = 6
 

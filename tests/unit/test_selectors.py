@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_moe.routers import RouterSettings, select
-from peft_moe.routers.selectors import SCORING_FUNCS
+from peft_moe.routers.selection import SCORING_FUNCS
 
 
 def chosen(logits, **fields):

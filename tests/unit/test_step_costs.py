@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_moe.at_hand import keep_at_hand
-from peft_moe.layer import MoLoraLayer
-from peft_moe.linear import gives_new_memory
-from peft_moe.wide_copy import PART_BYTES, WideCopy
+from peft_moe.routing.upcast import PART_BYTES, WideCopy
+from peft_moe.tuner.layers.cached_submodules import keep_at_hand
+from peft_moe.tuner.layers.linear import MoLoraLayer
+from peft_moe.tuner.layers.linear_like import gives_new_memory
 
 IDS = torch.tensor([[5, 9, 3, 7, 11]])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peft_moe import PeftMoeError
-from peft_moe.mixfile.strict_yaml import read_yaml
+from peft_moe.io.strict_yaml import read_yaml
 
 
 def read(text, tmp_path):

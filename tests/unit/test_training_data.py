@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from peft_moe.training import data as data_module
-from peft_moe.training.data import load_text_dataset, text_kind
+from peft_moe.io import text_data as data_module
+from peft_moe.io.text_data import load_text_dataset, text_kind
 
 PAIR = {"prompt": "2+2=", "completion": "4", "domain": "math"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -8,8 +8,8 @@ from torch.autograd import graph
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_moe.routers import wide_linear as module
-from peft_moe.routers.wide_linear import wide_linear, widened
+from peft_moe.routers import fp32_linear as module
+from peft_moe.routers.fp32_linear import wide_linear, widened
 
 
 def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The bake-off: which way of using several experts is worth its price, on one's own texts."""
 
-from .runner import run_bakeoff
+from .run import run_bakeoff
 from .settings import Settings
 from .settings_file import read_settings, settings_from
 

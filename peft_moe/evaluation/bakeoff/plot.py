@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .contestants import FITTED, NO_DATA, RETRAINED, TRAINED
-from .standings import MEAN, Comparison, Standing
+from .comparison import MEAN, Comparison, Standing
+from .methods import FITTED, NO_DATA, RETRAINED, TRAINED
 from .statistics import Estimate
 from .texts import RUNNING, Row
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..score import TurnScore
-from .builders import Cost
-from .contestants import Contestant
+from .build import Cost
+from .methods import Contestant
 from .settings import Settings
 from .texts import Texts, digest
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .advice import advise
-from .contestants import REFERENCE
-from .runner import Outcome
+from .comparison import MEAN, Comparison, Standing
+from .methods import REFERENCE
+from .recommendation import advise
+from .run import Outcome
 from .settings import Settings
-from .standings import MEAN, Comparison, Standing
 from .statistics import Estimate
 from .texts import MARKED, RUNNING, Row
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import PeftMoeError, near_matches
-from ...mixfile.strict_yaml import read_yaml
+from ...io.strict_yaml import read_yaml
 from .settings import Domain, ScorePlan, Settings, TextPlan, TrainPlan, WidthPlan
 
 Part = TypeVar("Part")

@@ -10,8 +10,9 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ...config import MoLoraConfig
-from ...training import MoLoraSFTTrainer, robustness
+from ...training import MoLoraSFTTrainer
+from ...training.data import augmentation as robustness
+from ...tuner.config.mixture import MoLoraConfig
 from .texts import Sample
 
 LOGGED = 20

@@ -1,0 +1,1 @@
+"""The face: the commands of ``peft-moe``, the terminal, and the embedded demo."""

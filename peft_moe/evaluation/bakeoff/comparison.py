@@ -1,0 +1,159 @@
+"""From scores to standings: each method's numbers, with intervals, and differences between methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..score import TurnScore
+from .build import Cost
+from .methods import BASE, EFFORT, ORACLE, REFERENCE, Contestant
+from .records import Record, Scores
+from .statistics import Array, Estimate, draw_seeds, draw_texts, estimate, over_seeds, ratio, share
+from .texts import Row
+
+MEAN = "mean"
+
+
+@dataclass
+class Standing:
+    """One method under one measure.
+
+    Attributes:
+        name, group: of the method.
+        seeds: how many it ran with.
+        values: row → loss, or share of exact answers.
+        shares: row of an expert's domain or of two domains → share of the oracle's gain over the base;
+            `MEAN` is over the experts' domains.
+        changes: row without an expert → relative change of the loss against the base, or change of the
+            share of exact answers.
+        cost: means over seeds.
+        draws: share of `MEAN` and of each row in every bootstrap draw, for differences.
+    """
+
+    name: str
+    group: str
+    seeds: int
+    values: dict[str, Estimate] = field(default_factory=dict)
+    shares: dict[str, Estimate] = field(default_factory=dict)
+    changes: dict[str, Estimate] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    draws: dict[str, Array] = field(default_factory=dict)
+
+
+def oracle_scores(records: Mapping[str, Sequence[Record]], rows: Sequence[Row]) -> Scores:
+    """For each turn the score of its own domain's expert over the whole text; of the base without one."""
+    return {
+        row.name: [
+            [records[owner or BASE][0].scores[row.name][text][turn] for turn, owner in enumerate(owners)]
+            for text, owners in enumerate(row.owners)
+        ]
+        for row in rows
+    }
+
+
+class Comparison:
+    """All methods on the same bootstrap draws.
+
+    Args:
+        contestants: with scores, the base among them.
+        records: name → one per seed.
+        rows: of the table.
+        measure: "loss" or "exact".
+        draws: bootstrap resamples.
+    """
+
+    def __init__(
+        self,
+        contestants: Sequence[Contestant],
+        records: Mapping[str, Sequence[Record]],
+        rows: Sequence[Row],
+        measure: str,
+        draws: int,
+    ) -> None:
+        self.rows, self.measure, self.number = rows, measure, draws
+        self.rng = np.random.default_rng(0)
+        self.counts = {row.name: draw_texts(len(row.texts), draws, self.rng) for row in rows}
+        self.weights: dict[int, Array] = {}
+        self.base = self._values([records[BASE][0].scores])
+        best = oracle_scores(records, rows)
+        self.oracle = self._values([best])
+        self.standings: dict[str, Standing] = {}
+        for one in contestants:
+            runs = records[one.name]
+            self._add(one.name, one.group, [run.scores for run in runs], [run.cost for run in runs])
+        self._add(ORACLE, REFERENCE, [best], [])
+
+    @property
+    def gainful(self) -> list[str]:
+        """The experts' domains in which the oracle gains something over the base."""
+        return [r.name for r in self.rows if r.kind == "expert" and self._oracle_gains(r.name)]
+
+    def _oracle_gains(self, row: str) -> bool:
+        gain = float(self.oracle[row][0, 0] - self.base[row][0, 0])
+        return gain < 0 if self.measure == "loss" else gain > 0
+
+    def _values(self, runs: Sequence[Scores]) -> dict[str, Array]:
+        found = {}
+        for row in self.rows:
+            above, below = zip(*(_sums(scores[row.name], self.measure) for scores in runs), strict=True)
+            found[row.name] = ratio(self.counts[row.name], np.stack(above), np.stack(below))
+        return found
+
+    def _seed_weights(self, seeds: int) -> Array:
+        # The same for all methods of as many seeds: a seed fixes the order of samples for all of them.
+        if seeds not in self.weights:
+            self.weights[seeds] = draw_seeds(seeds, self.number, self.rng)
+        return self.weights[seeds]
+
+    def _add(self, name: str, group: str, runs: Sequence[Scores], costs: Sequence[Cost]) -> None:
+        values, weights = self._values(runs), self._seed_weights(len(runs))
+        one = Standing(name, group, len(runs), cost=_mean_cost(costs))
+        for row in self.rows:
+            value_DS, base_DS = values[row.name], self.base[row.name]
+            one.values[row.name] = estimate(over_seeds(value_DS, weights))
+            if row.kind in ("expert", "mixed"):
+                kept_D = over_seeds(share(value_DS, base_DS, self.oracle[row.name]), weights)
+                one.draws[row.name] = kept_D
+                one.shares[row.name] = estimate(kept_D)
+            else:
+                change_DS = value_DS / base_DS - 1 if self.measure == "loss" else value_DS - base_DS
+                one.draws[row.name] = over_seeds(change_DS, weights)
+                one.changes[row.name] = estimate(one.draws[row.name])
+        if self.gainful:
+            one.draws[MEAN] = np.mean([one.draws[row] for row in self.gainful], axis=0)
+            one.shares[MEAN] = estimate(one.draws[MEAN])
+        self.standings[name] = one
+
+    def difference(self, one: str, other: str, row: str = MEAN) -> Estimate:
+        """How much more ``one`` keeps than ``other``, paired over texts and seeds."""
+        return estimate(self.standings[one].draws[row] - self.standings[other].draws[row])
+
+    def ranked(self, group: str | None = None, row: str = MEAN) -> list[Standing]:
+        """Methods (of a group) by their share, best first; references are no methods."""
+        groups = EFFORT if group is None else (group,)
+        found = [s for s in self.standings.values() if s.group in groups and row in s.shares]
+        return sorted(found, key=lambda s: -np.nan_to_num(s.shares[row].value, nan=-np.inf))
+
+
+def _sums(texts: Sequence[Sequence[TurnScore]], measure: str) -> tuple[Array, Array]:
+    kept = [[turn for turn in turns if turn.tokens] for turns in texts]  # others were cut off
+    if measure == "loss":
+        above = [sum(turn.nll for turn in turns) for turns in kept]
+        below = [sum(turn.tokens for turn in turns) for turns in kept]
+    else:
+        above = [float(sum(turn.exact for turn in turns)) for turns in kept]
+        below = [len(turns) for turns in kept]
+    return np.array(above, dtype=np.float64), np.array(below, dtype=np.float64)
+
+
+def _mean_cost(costs: Sequence[Cost]) -> Cost:
+    if not costs:
+        return Cost()
+    return Cost(
+        trainable=costs[0].trainable,
+        seconds=float(np.mean([cost.seconds for cost in costs])),
+        tokens_per_second=float(np.mean([cost.tokens_per_second for cost in costs])),
+    )

@@ -1,0 +1,1 @@
+"""Full fine-tuned models become LoRA experts: pairing of tensors, truncation by SVD, reports."""

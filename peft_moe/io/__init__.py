@@ -1,0 +1,1 @@
+"""Files, and nothing but files: atomic folders, strict JSON and YAML, adapters, checkpoints, texts."""

@@ -1,0 +1,1 @@
+"""Backends: each computes the same mixture in its own way."""

@@ -1,0 +1,57 @@
+"""Gates that are the same for every token make the mixture one LoRA: the gates go into a factor, once.
+
+Letters: N tokens, I in, O out, R total rank, E experts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from ..backend import Facts, Operands, add_product, product_dtype
+from ..device_costs import Constants
+from ..rank_map import RankMap
+
+
+class Folded:
+    """One row of gates, multiplied into B instead of into h at every token.
+
+    Into B also where A is smaller: the gates' gradient then needs h and not x. And at the same cost with
+    gradients as without, so that a mixture gives the same bits in training, in evaluation and reloaded.
+    """
+
+    name = "folded"
+
+    def supports(self, facts: Facts) -> str | None:
+        """One row of gates."""
+        return None if facts.one_row else "its gates differ from token to token"
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """The products of one LoRA, and one pass over a factor."""
+        ranks, item = facts.ranks.total, facts.dtype.itemsize
+        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
+        rows = facts.tokens * (facts.in_features + 2 * facts.out_features)
+        traffic = (rows + ranks * facts.sizes) * item / constants.bandwidth
+        fold = constants.per_rank * ranks * facts.out_features
+        return max(work, traffic) + fold + constants.launch
+
+    def mix(self, operands: Operands) -> Tensor:
+        """``base + (x Aᵀ) (gates ∘ B)``."""
+        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
+        wide = product_dtype(x_NI, A_RI)
+        A_RI, B_RO = A_RI.to(wide), B_RO.to(wide)
+        gates_R1 = ranks.expand(operands.dense()[0]).to(wide)[:, None]
+        h_NR = functional.linear(x_NI.to(wide), A_RI)
+        return add_product(base_NO, h_NR, B_RO * gates_R1, operands.overwrite)
+
+
+def folded_delta(A_RI: Tensor, B_RO: Tensor, gates_E: Tensor, ranks: RankMap) -> Tensor:
+    """The weight change that constant gates amount to, [O, I], for merging.
+
+    Args:
+        A_RI, B_RO: the stacked factors.
+        gates_E: one weight per expert, [E].
+        ranks: the segments of R.
+    """
+    gates_R = ranks.expand(gates_E).to(B_RO.dtype)
+    return (B_RO * gates_R[:, None]).T @ A_RI

@@ -1,0 +1,111 @@
+"""Only the chosen experts are read: their slabs are picked by index, on the device.
+
+For decoding, where the traffic of the weights is the cost; and for one decision for all tokens, which makes
+the mixture one LoRA of the chosen experts' ranks.
+
+Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts, W ranks of one expert.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..backend import Facts, Operands, add, add_product, product_dtype
+from ..device_costs import Constants
+from ..rank_map import RankMap
+
+# On a CPU a narrow product costs some ten microseconds before it starts, a float32 one about one.
+_FEW_FLOPS = 2e6
+_NARROW = (torch.bfloat16, torch.float16)
+# Beyond so many times the factors, copies of slabs cost memory that no time is worth.
+_MOST_COPIES = 2
+
+
+class Gather:
+    """The chosen experts' slabs, one set per token, or one for all."""
+
+    name = "gather"
+
+    def supports(self, facts: Facts) -> str | None:
+        """A fixed number of chosen experts per token."""
+        if facts.chosen is None:
+            return "its router keeps no fixed number of experts per token (top_k)"
+        return None
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """Slabs are read, written and read again; with gradients, the factors' zeros on top."""
+        ranks = (facts.chosen or 0) * facts.ranks.width
+        sets = 1 if facts.one_row else facts.tokens
+        item = facts.dtype.itemsize
+        if sets > 1 and sets * ranks > _MOST_COPIES * facts.ranks.total:
+            return math.inf
+        slabs = sets * ranks * facts.sizes * item
+        traffic = (1.5 if sets == 1 else 3.0) * slabs / constants.bandwidth
+        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
+        if "experts" in facts.trains:
+            traffic += 3 * (slabs + facts.ranks.total * facts.sizes * item) / constants.bandwidth
+        return work + traffic + constants.launch * (1.0 if sets == 1 else 2.0)
+
+    def mix(self, operands: Operands) -> Tensor:
+        """``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
+        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, abstains, overwrite, wide_NI = operands
+        assert ids_SK is not None, "supports() has seen to it"
+        (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
+        wide = product_dtype(x_NI, A_RI)
+        if wide in _NARROW and x_NI.is_cpu:
+            work = 2 * tokens * chosen * ranks.width * (width + out)
+            wide = torch.float32 if work < _FEW_FLOPS else wide
+        A_SRI, B_SRO, absent = _slabs(A_RI, B_RO, ids_SK, ranks, abstains)
+        x_NI = wide_NI if wide == torch.float32 and wide_NI is not None else x_NI.to(wide)
+        A_SRI, B_SRO = A_SRI.to(wide), B_SRO.to(wide)
+        # One scaling for all experts goes into the sum, where it costs nothing.
+        scaling = ranks.one_scaling
+        if scaling is None:
+            scaling, weights_SK = 1.0, ranks.scale_chosen(weights_SK, ids_SK)
+        weights_SK1 = weights_SK.view(sets, chosen, 1)
+        if weights_SK1.dtype != wide:
+            weights_SK1 = weights_SK1.to(wide)
+        if sets == 1:
+            h_NR = functional.linear(x_NI, A_SRI.view(-1, width))
+        else:
+            h_NR = torch.bmm(A_SRI.view(sets, -1, width), x_NI[..., None])
+        hg_NR = _gated(h_NR.view(tokens, chosen, -1), weights_SK1, absent, h_NR)
+        if sets == 1:
+            return add_product(base_NO, hg_NR, B_SRO.view(-1, out), overwrite, scaling)
+        delta_N1O = torch.bmm(hg_NR.view(sets, 1, -1), B_SRO.view(sets, -1, out))
+        return add(base_NO, delta_N1O[:, 0], overwrite, scaling)
+
+
+def _gated(h_NKW: Tensor, weights_SK1: Tensor, absent: Tensor | None, h_NR: Tensor) -> Tensor:
+    """Every rank times its expert's weight, 0 where it has none; ``h_NR`` is ``h_NKW`` in another shape."""
+    if torch.is_grad_enabled():
+        hg_NKW = h_NKW * weights_SK1
+        hg_NKW = hg_NKW if absent is None else hg_NKW.masked_fill(absent, 0.0)
+        return hg_NKW.view(h_NR.shape)
+    # In its place, so that in a step nothing is made for it, not even a view.
+    h_NKW.mul_(weights_SK1)
+    if absent is not None:
+        h_NKW.masked_fill_(absent, 0.0)
+    return h_NR
+
+
+def _slabs(
+    A_RI: Tensor, B_RO: Tensor, ids_SK: Tensor, ranks: RankMap, abstains: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The chosen rows of both factors, and where there are none, for [S, K, W]."""
+    if ranks.equal:
+        # One row per expert: rows are picked several times faster than ranks.
+        experts, ids = len(ranks.ranks), ids_SK.reshape(-1)
+        absent = None
+        if abstains:
+            absent = (ids_SK == experts).unsqueeze(-1)
+            ids = ids.clamp_max(experts - 1)
+        A_EX, B_EX = A_RI.reshape(experts, -1), B_RO.reshape(experts, -1)
+        return A_EX.index_select(0, ids), B_EX.index_select(0, ids), absent
+    rows_SKW = ranks.rows(ids_SK.device)[ids_SK]
+    rows = rows_SKW.clamp_max(ranks.total - 1).view(-1)
+    return A_RI.index_select(0, rows), B_RO.index_select(0, rows), rows_SKW == ranks.total

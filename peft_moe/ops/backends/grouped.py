@@ -1,0 +1,187 @@
+"""Tokens sorted by expert: only the chosen experts' products are taken.
+
+Letters: N tokens, P chosen pairs sorted by expert, I in, O out, R total rank, E experts, K chosen experts,
+W ranks of one expert.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import Facts, Operands, product_dtype
+from ..device_costs import Constants
+from ..once_differentiable import Gradients, once
+from ..rank_map import RankMap
+from ..token_groups import Groups, group, regroup
+
+_NATIVE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Grouped:
+    """The chosen experts' products, one group of tokens per expert."""
+
+    name = "grouped"
+
+    def supports(self, facts: Facts) -> str | None:
+        """A fixed number of chosen experts; on an accelerator also all that torch's grouped GEMM asks for."""
+        if facts.chosen is None:
+            return "its router keeps no fixed number of experts per token (top_k)"
+        if facts.compiling:
+            return "torch.compile cannot trace the sorting of tokens"
+        if facts.device != "cpu":
+            sizes = (facts.in_features, facts.out_features)
+            return why_not_native(facts.ranks, facts.dtype, facts.device, *sizes)
+        return None
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """The chosen products, the passes over gathered rows, and what every group costs by itself."""
+        pairs, rank, item = facts.tokens * (facts.chosen or 0), facts.ranks.width, facts.dtype.itemsize
+        experts = len(facts.ranks.ranks)
+        share = (facts.chosen or 0) / experts
+        hit = experts * (1 - (1 - min(share, 1.0)) ** facts.tokens)
+        work = 2 * pairs * rank * facts.sizes / constants.flops
+        rows = constants.passes * pairs * facts.sizes * item / constants.bandwidth
+        weights = hit * rank * facts.sizes * item / constants.weight_bandwidth
+        return work + rows + weights + hit * constants.segment + constants.sort
+
+    def mix(self, operands: Operands) -> Tensor:
+        """``base + Σ over chosen pairs``."""
+        ids, weights, tokens = operands.ids, operands.weights, len(operands.x)
+        assert ids is not None, "supports() has seen to it"
+        assert weights is not None
+        wide = product_dtype(operands.x, operands.A)
+        given = (operands.x, operands.A, operands.B, weights.expand(tokens, -1))
+        rest = (operands.base, ids.expand(tokens, -1), operands.ranks, wide)
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+            return _forward(*given, *rest, operands.overwrite)[0]
+        out_NO: Tensor = _Grouped.apply(*given, *rest)  # type: ignore[no-untyped-call]  # torch's own
+        return out_NO
+
+
+def why_not_native(ranks: RankMap, dtype: torch.dtype, device: str, *sizes: int) -> str | None:
+    """Why torch's grouped GEMM cannot serve; None if it can."""
+    on_host = device == "cuda" and not (dtype == torch.bfloat16 and _has_kernel())
+    reasons = {
+        f"torch {torch.__version__} has no grouped_mm": not hasattr(torch.nn.functional, "grouped_mm"),
+        "torch's grouped GEMM needs experts of one rank": not ranks.equal,
+        f"torch's grouped GEMM knows no {dtype}": dtype not in _NATIVE,
+        "torch's grouped GEMM needs rank and widths in whole 16 bytes": any(
+            size * dtype.itemsize % 16 for size in (ranks.width, *sizes)
+        ),
+        "torch's grouped GEMM would wait for the host: its kernel is of bfloat16 on sm_90, sm_100": on_host,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@cache
+def _has_kernel() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def _forward(
+    x_NI: Tensor,
+    A_RI: Tensor,
+    B_RO: Tensor,
+    weights_NK: Tensor,
+    base_NO: Tensor,
+    ids_NK: Tensor,
+    ranks: RankMap,
+    wide: torch.dtype,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Groups]:
+    """The output, h at the chosen pairs [P, W], and their order."""
+    device = x_NI.device.type
+    sizes = (A_RI.shape[1], B_RO.shape[1])
+    # On a CPU narrow dtypes have a faster way; see groups.py.
+    native = why_not_native(ranks, wide, device, *sizes) is None and (device != "cpu" or wide.itemsize == 4)
+    groups = group(ids_NK, ranks, native, wide)
+    h_PW = groups.up(x_NI.to(wide), A_RI.to(wide))
+    hg_PW = _gated(h_PW, weights_NK, ids_NK, groups)
+    out_NO = base_NO if overwrite else base_NO.clone()
+    return groups.down(hg_PW, B_RO.to(wide), out_NO), h_PW, groups
+
+
+def _gated(h_PW: Tensor, weights_NK: Tensor, ids_NK: Tensor, groups: Groups) -> Tensor:
+    weights_N = groups.ranks.scale_chosen(weights_NK, ids_NK).flatten()
+    weights_P1 = weights_N.index_select(0, groups.order).to(h_PW.dtype)[:, None]
+    gated_PW = h_PW * weights_P1
+    if groups.way == "native":
+        absent_P1 = ids_NK.flatten().index_select(0, groups.order)[:, None] == len(groups.ranks.ranks)
+        gated_PW = gated_PW.masked_fill(absent_P1, 0.0)
+    return gated_PW
+
+
+class _Grouped(torch.autograd.Function):
+    """Keeps what its gradients need: x for A; h for gates and B; the order of the pairs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        A_RI: Tensor,
+        B_RO: Tensor,
+        weights_NK: Tensor,
+        base_NO: Tensor,
+        ids_NK: Tensor,
+        ranks: RankMap,
+        wide: torch.dtype,
+    ) -> Tensor:
+        with torch.autocast(x_NI.device.type, enabled=False):
+            out_NO, h_PW, groups = _forward(x_NI, A_RI, B_RO, weights_NK, base_NO, ids_NK, ranks, wide)
+        for_x, for_A, for_B, for_gates = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(
+            x_NI if for_A else None,
+            A_RI if for_x else None,
+            B_RO,
+            weights_NK,
+            ids_NK,
+            h_PW if for_gates or for_B else None,
+            _short(groups.order),
+            groups.ends,
+        )
+        ctx.ranks, ctx.wide, ctx.x_shape, ctx.dtypes = ranks, wide, x_NI.shape, (x_NI.dtype, A_RI.dtype)
+        ctx.way, ctx.counts = groups.way, groups.counts
+        return out_NO
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy_NO: Tensor) -> Gradients:
+        x_NI, A_RI, B_RO, weights_NK, ids_NK, h_PW, order, ends = ctx.saved_tensors
+        wide, ranks = ctx.wide, ctx.ranks
+        for_x, for_A, for_B, for_gates, for_base = ctx.needs_input_grad[:5]
+        dx_NI = dA_RI = dB_RO = dweights_NK = None
+        with torch.autocast(dy_NO.device.type, enabled=False):
+            groups = regroup(order.long(), ids_NK, ranks, ctx.way, ends, ctx.counts)
+            wide_NO = dy_NO.to(wide).contiguous()
+            if for_x or for_A or for_gates:
+                dhg_PW = groups.up(wide_NO, B_RO.to(wide))
+            if for_gates:
+                dweights_NK = _weight_gradient(dhg_PW, h_PW, weights_NK, ids_NK, groups)
+            if for_x or for_A:
+                dh_PW = _gated(dhg_PW, weights_NK, ids_NK, groups)
+                if for_x:
+                    dx_NI = groups.down(dh_PW, A_RI.to(wide), dh_PW.new_zeros(ctx.x_shape)).to(ctx.dtypes[0])
+                if for_A:
+                    dA_RI = groups.outer(dh_PW, x_NI.to(wide)).to(ctx.dtypes[1])
+            if for_B:
+                dB_RO = groups.outer(_gated(h_PW, weights_NK, ids_NK, groups), wide_NO).to(B_RO.dtype)
+        return dx_NI, dA_RI, dB_RO, dweights_NK, dy_NO if for_base else None, None, None, None
+
+
+def _short(order: Tensor) -> Tensor:
+    """The same numbers in as few bytes as hold them."""
+    return order.to(torch.uint16 if len(order) < 2**16 else torch.int32)
+
+
+def _weight_gradient(
+    dhg_PW: Tensor, h_PW: Tensor, weights_NK: Tensor, ids_NK: Tensor, groups: Groups
+) -> Tensor:
+    # Summed over ranks in float32: bf16 sums would lose two digits of the router's gradient.
+    products_PW = dhg_PW.to(torch.promote_types(dhg_PW.dtype, torch.float32)) * h_PW
+    sums_N = products_PW.new_zeros(weights_NK.numel()).index_copy(0, groups.order, products_PW.sum(-1))
+    sums_NK = sums_N.view(weights_NK.shape).masked_fill(ids_NK == len(groups.ranks.ranks), 0.0)
+    return groups.ranks.scale_chosen(sums_NK, ids_NK).to(weights_NK.dtype)

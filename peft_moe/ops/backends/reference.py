@@ -1,0 +1,61 @@
+"""The meaning of a mixture, as a plain loop over experts: the oracle that every other form must equal.
+
+Letters: N tokens, I in, O out, R total rank, E experts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backend import Facts, Operands, product_dtype
+from ..device_costs import Constants
+from ..rank_map import RankMap
+
+
+def mix_reference(
+    x_NI: Tensor, A_RI: Tensor, B_RO: Tensor, gates_NE: Tensor, ranks: RankMap, base_NO: Tensor
+) -> Tensor:
+    """``base + Σ_e gate_e · scaling_e · (x Aₑᵀ) Bₑ``, one expert after another.
+
+    Args:
+        x_NI: the layer's input, [N, I].
+        A_RI: the experts' A factors on one rank axis, [R, I].
+        B_RO: their B factors, transposed against LoRA, on the same axis, [R, O].
+        gates_NE: weight of each expert for each token, [N, E] or [1, E].
+        ranks: the segments of R.
+        base_NO: output of the frozen base layer, [N, O].
+
+    Returns:
+        [N, O]. Any float dtype; float64 is what golden numbers are made with.
+    """
+    out_NO = base_NO
+    for expert, segment in enumerate(ranks.slices()):
+        if ranks.ranks[expert]:
+            delta_NO = (x_NI @ A_RI[segment].T) @ B_RO[segment]
+            out_NO = out_NO + gates_NE[:, expert : expert + 1] * ranks.scaling[expert] * delta_NO
+    return out_NO
+
+
+class Reference:
+    """Every expert on every token; the only form that can be differentiated twice."""
+
+    name = "reference"
+
+    def supports(self, facts: Facts) -> str | None:
+        """Always."""
+        return None
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """Two products per expert, and four passes over the output."""
+        elements = facts.tokens * len(facts.ranks.ranks) * facts.out_features
+        work = 2 * facts.tokens * facts.ranks.total * facts.sizes / constants.flops
+        traffic = 4 * elements * facts.dtype.itemsize / constants.bandwidth
+        return work + traffic + len(facts.ranks.ranks) * (2 * constants.segment + constants.launch)
+
+    def mix(self, operands: Operands) -> Tensor:
+        """As :func:`mix_reference`, with products in one dtype and the sum in that of the base."""
+        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
+        gates_NE = operands.dense()
+        wide = product_dtype(x_NI, A_RI)
+        out_NO = mix_reference(x_NI.to(wide), A_RI.to(wide), B_RO.to(wide), gates_NE, ranks, base_NO)
+        return out_NO.to(base_NO.dtype)

@@ -1,0 +1,1 @@
+"""Triton kernels, and the backends that run them."""

@@ -1,0 +1,181 @@
+"""Triton's forms of the mixture, for CUDA. This file imports no Triton; it says where the kernels can serve.
+
+Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..backend import Facts, Operands, product_dtype
+from ..device_costs import Constants, Kernel
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What the kernels hold of one expert at a time; and how many tokens still count as a decode step.
+_MAX_RANK, _FEW_TOKENS = 128, 64
+_MAX_CHOSEN, _MAX_EXPERTS = 16, 2047
+
+
+@cache
+def _missing() -> str | None:
+    """Why no kernel can run here at all."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "its kernels need a CUDA device"
+    if torch.version.hip is not None:
+        return "its kernels were never tried on ROCm"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "its kernels need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unfit(facts: Facts) -> str | None:
+    """What all kernels need."""
+    if facts.device != "cuda" and not interpreted():
+        return f"its kernels run on CUDA, these tensors are on {facts.device}"
+    if facts.dtype not in _DTYPES:
+        return f"its kernels know no {facts.dtype}"
+    if facts.ranks.width > _MAX_RANK:
+        return f"an expert has rank {facts.ranks.width}; its kernels hold {_MAX_RANK} at once"
+    if facts.compiling:
+        return "torch.compile makes its own kernels from the other forms"
+    if "experts" in facts.trains:
+        return "its kernels have no gradient for experts"
+    return _missing()
+
+
+def _unfit_sparse(facts: Facts) -> str | None:
+    if facts.chosen is None:
+        return "its router keeps no fixed number of experts per token (top_k)"
+    if facts.chosen > _MAX_CHOSEN or len(facts.ranks.ranks) > _MAX_EXPERTS:
+        return f"it takes up to {_MAX_CHOSEN} chosen experts of {_MAX_EXPERTS}"
+    return _unfit(facts)
+
+
+def _ready(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Input and factors in the dtype of the products."""
+    wide = product_dtype(operands.x, operands.A)
+    return operands.x.to(wide), operands.A.to(wide), operands.B.to(wide)
+
+
+def _chosen(operands: Operands) -> tuple[Tensor, Tensor]:
+    """A row of ids and of gates for every token."""
+    ids, weights, tokens = operands.ids, operands.weights, len(operands.x)
+    assert ids is not None, "supports() has seen to it"
+    assert weights is not None
+    return ids.expand(tokens, -1), weights.expand(tokens, -1)
+
+
+def _timed(name: str, facts: Facts, constants: Constants) -> Kernel | None:
+    """What is known of a kernel at calls like this one; None where it was not timed, or lost.
+
+    Elsewhere it serves who asks for it by name: an estimate must not win over forms that were measured.
+    """
+    kernel = constants.kernels.get(name)
+    if kernel is None or facts.tokens < kernel.tokens or (facts.trains and not kernel.trains):
+        return None
+    return kernel
+
+
+class TritonStacked:
+    """All experts in two products; the gates are applied where the first one leaves its registers."""
+
+    name = "triton_stacked"
+
+    def supports(self, facts: Facts) -> str | None:
+        """Frozen experts on CUDA; with gate gradients, equal ranks that are powers of two."""
+        ranks = facts.ranks
+        if "gates" in facts.trains and not (ranks.equal and ranks.width & (ranks.width - 1) == 0):
+            return "its gradient of the gates needs equal ranks that are powers of two"
+        if (facts.chosen or 0) > _MAX_CHOSEN:
+            return f"it takes up to {_MAX_CHOSEN} chosen experts"
+        return _unfit(facts)
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """Products of all ranks against the passes over x and y that they cannot avoid."""
+        kernel = _timed(self.name, facts, constants)
+        if kernel is None:
+            return math.inf
+        ranks, item = facts.ranks.total, facts.dtype.itemsize
+        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
+        traffic = facts.tokens * (facts.in_features + 2 * facts.out_features) * item / constants.bandwidth
+        weights = kernel.slabs * ranks * facts.sizes * item / constants.bandwidth
+        return max(work, traffic + weights) + kernel.launch
+
+    def mix(self, operands: Operands) -> Tensor:
+        """See :func:`peft_moe.ops.triton_mix.mix_fused`."""
+        from ..triton_mix import mix_fused
+
+        if operands.ids is None:
+            gates, ids = operands.gates, None
+        else:
+            ids, gates = _chosen(operands)
+        return mix_fused(*_ready(operands), operands.ranks, operands.base, gates, ids)
+
+
+class TritonSorted:
+    """Tokens sorted by expert on the device; only the chosen experts' products are taken."""
+
+    name = "triton_sorted"
+
+    def supports(self, facts: Facts) -> str | None:
+        """Frozen experts on CUDA, and a fixed number of chosen ones."""
+        return _unfit_sparse(facts)
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """Every chosen pair reads a row of x, and reads and writes a row of y; slabs are read per block."""
+        kernel = _timed(self.name, facts, constants)
+        if kernel is None:
+            return math.inf
+        chosen, item = facts.chosen or 0, facts.dtype.itemsize
+        rows = facts.tokens * chosen * (facts.in_features + 2 * facts.out_features) * item
+        slabs = min(len(facts.ranks.ranks), facts.tokens) * chosen * facts.ranks.width * facts.sizes * item
+        return (rows + kernel.slabs * slabs) / constants.bandwidth + kernel.launch
+
+    def mix(self, operands: Operands) -> Tensor:
+        """See :func:`peft_moe.ops.triton_mix.mix_sorted`."""
+        from ..triton_mix import mix_sorted
+
+        return mix_sorted(*_ready(operands), operands.ranks, operands.base, *_chosen(operands))
+
+
+class TritonGather:
+    """Decode steps: two launches that read the chosen experts' slabs only, and fit into a CUDA graph."""
+
+    name = "triton_gather"
+
+    def supports(self, facts: Facts) -> str | None:
+        """Few tokens, no gradients, and a fixed number of chosen experts."""
+        if facts.trains:
+            return "it has no gradients"
+        if facts.tokens > _FEW_TOKENS:
+            return f"it is made for up to {_FEW_TOKENS} tokens, this call has {facts.tokens}"
+        return _unfit_sparse(facts)
+
+    def cost(self, facts: Facts, constants: Constants) -> float:
+        """The slabs of every token."""
+        kernel = _timed(self.name, facts, constants)
+        if kernel is None:
+            return math.inf
+        slabs = facts.tokens * (facts.chosen or 0) * facts.ranks.width * facts.sizes * facts.dtype.itemsize
+        return kernel.slabs * slabs / constants.bandwidth + kernel.launch
+
+    def mix(self, operands: Operands) -> Tensor:
+        """See :func:`peft_moe.ops.triton_mix.mix_gathered`."""
+        from ..triton_mix import mix_gathered
+
+        return mix_gathered(*_ready(operands), operands.ranks, operands.base, *_chosen(operands))

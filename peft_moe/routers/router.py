@@ -1,0 +1,217 @@
+"""A router: input normalisation, pooling, scorer and selector in a row, always in float32.
+
+Letters: B batch, T sequence, S turns, I in, X experts plus the null expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeftMoeError
+from ..io.offload import read
+from ..routing.context import Routing, RoutingContext
+from ..routing.controls import NO_EXPERT, ROUTER, Limits
+from ..tuner.layers.cached_submodules import keep_at_hand
+from .fp32_linear import wide_linear, widened
+from .pooling import pool_prompts, spread_turns
+from .running import running_features
+from .scorer import scorer_class
+from .selection import choose, constant, select
+from .settings import RouterSettings
+
+
+class Router(nn.Module):
+    """Takes the decisions of one module, one block or one model.
+
+    Its weights stay float32 whatever the model is cast to: bf16 scores change the chosen experts of
+    up to 2 % of the tokens, and bf16 steps of a small learning rate round to nothing.
+    """
+
+    def __init__(self, settings: RouterSettings, in_features: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.in_features = in_features
+        self.scorer = scorer_class(settings.scorer)(settings, in_features)
+        keep_at_hand(self, "scorer")
+        # Whether there is one decision per prompt, taken from its pooled hidden states; and whether decisions
+        # start from the prompt and follow the text.
+        self.pools = settings.granularity == "sequence" and self.reads_hidden
+        self.runs = settings.granularity == "running" and self.reads_hidden
+        # DeepSeek-V3's balancing bias (arXiv 2408.15664): moved by the trainer, not by gradients, and saved.
+        self.balance_bias: Tensor | None
+        bias_X = torch.zeros(settings.num_columns) if settings.bias_update_rate > 0 else None
+        self.register_buffer("balance_bias", bias_X)
+
+    @property
+    def reads_input(self) -> bool:
+        """False if the gates are the same for every input, so that the mixture can be merged."""
+        return self.scorer.reads_input
+
+    @property
+    def reads_hidden(self) -> bool:
+        """False if only the call (labels, token ids) or nothing at all decides, not the hidden states."""
+        return self.scorer.reads_input and self.scorer.reads_hidden
+
+    @property
+    def trainable(self) -> bool:
+        """False if the scorer's weights are to stay as they are."""
+        return self.scorer.trainable
+
+    def forward(
+        self,
+        x: Tensor,
+        context: RoutingContext | None = None,
+        *,
+        pool: bool = False,
+        before: Tensor | None = None,
+    ) -> Routing:
+        """Decide.
+
+        Args:
+            x: the routed tokens, [B, T, I].
+            context: the running forward pass; a router that pools over prompts needs it.
+            pool: decide once per prompt, also where the router decides per token elsewhere.
+            before: the summary of the text that this call continues, [B, I].
+
+        Returns:
+            A :class:`Routing`: [B, T, ·], [B, 1, ·] for one decision per sequence, or [1, 1, ·].
+        """
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._decide(x, context, pool or self.pools, before)
+        with torch.autocast(device_type=device, enabled=False):
+            return self._decide(x, context, pool or self.pools, before)
+
+    def _decide(
+        self, x: Tensor, context: RoutingContext | None, pool: bool, before: Tensor | None
+    ) -> Routing:
+        if self._scores_narrow(x, pool):
+            own: Any = self.scorer
+            wide_BTI = None if context is None else context.widened(x)
+            read_BTI = x if wide_BTI is None else wide_BTI
+            normed = self.settings.input_norm
+            bias_X = None if getattr(own, "bias", None) is None else read(own, "bias")
+            logits_BTX = wide_linear(read_BTI, read(own), bias_X, normed)
+        else:
+            features_BTI = self.features(x, context, pool=pool, before=before)
+            logits_BTX = self.scorer.score(features_BTI, context)
+        real_BT = context.real if context is not None else None
+        routing = select(logits_BTX, self.settings, bias_X=self.balance_bias, real_BT=real_BT)
+        if self.runs and not pool:
+            routing.running = features_BTI.detach()
+        return spread_turns(routing, context) if pool and context is not None else routing
+
+    def _scores_narrow(self, x: Tensor, pool: bool) -> bool:
+        """Whether the scores come straight from ``x``, so that no wide copy of it is made or kept."""
+        # A compiler decides by itself what is made and kept.
+        return self.scorer.is_linear and not (pool or self.runs or torch.compiler.is_compiling())
+
+    def limited(self, routing: Routing, limits: Limits | None, context: RoutingContext | None) -> Routing:
+        """A decision of this router within what the caller allows, from the scores that it holds.
+
+        Args:
+            routing: as :meth:`forward` gave it, maybe in an earlier step.
+            limits: of the running pass; None leaves it as it is.
+            context: of the running pass.
+
+        Raises:
+            PeftMoeError: rows were named, and this router saw something else than whole sequences.
+        """
+        if limits is None or routing.logits is None:
+            return routing
+        settings, closed, hidden = self.settings, [], []
+        if limits.experts is not None:
+            closed = [c for c, expert in enumerate(settings.routed) if expert not in limits.experts]
+            hidden = [expert for expert in settings.shared if expert not in limits.experts]
+            if settings.null_expert and not limits.null:
+                closed.append(settings.num_columns - 1)
+        sharpness = 1.0 if limits.temperature is None else settings.temperature / limits.temperature
+        if closed or sharpness != 1:
+            real_BT = context.real if context is not None else None
+            how = {"closed": tuple(closed), "sharpness": sharpness}
+            chosen = choose(routing.logits, settings, bias_X=self.balance_bias, real_BT=real_BT, **how)  # type: ignore[arg-type]
+            routing = chosen.replace(running=routing.running)
+        if hidden:
+            routing = _without(routing, tuple(hidden))
+        if limits.rows is not None:
+            routing = self._named_rows(routing, limits.rows, context)
+        return routing
+
+    def _named_rows(self, routing: Routing, rows_B: Tensor, context: RoutingContext | None) -> Routing:
+        """Rows whose expert the caller names get that one alone; the others stay."""
+        gates = routing.gates
+        rows_B = rows_B.to(gates.device)
+        if gates.shape[0] not in (1, len(rows_B)) or (
+            gates.shape[0] == 1 and gates.shape[1] > 1 < len(rows_B)
+        ):
+            shape = context.shape if context is not None else None
+            if shape is None or gates.shape[0] * gates.shape[1] != shape[0] * shape[1]:
+                raise PeftMoeError(
+                    f"experts names one expert for each of {len(rows_B)} sequences, and this router decided "
+                    f"for {tuple(gates.shape[:2])} tokens; use router_scope='model', or leave the layer out "
+                    "of target_modules"
+                )
+            rows_B = rows_B.repeat_interleave(gates.shape[1] // len(rows_B))
+            known_BT1 = (rows_B != ROUTER)[None, :, None]
+            rows_BT = rows_B[None]
+        else:
+            known_BT1, rows_BT = (rows_B != ROUTER)[:, None, None], rows_B[:, None]
+        experts_E = torch.arange(self.settings.num_experts, device=gates.device)
+        own_BTE = rows_BT[..., None] == experts_E
+        gates = torch.where(known_BT1, own_BTE.to(gates.dtype), gates)
+        selected = routing.selected
+        if selected is not None:
+            routed_X = constant(self.settings.routed, gates.device)
+            chosen_BTX = rows_BT[..., None] == routed_X
+            if self.settings.null_expert:
+                chosen_BTX = torch.cat([chosen_BTX, (rows_BT == NO_EXPERT)[..., None]], dim=-1)
+            selected = torch.where(known_BT1, chosen_BTX, selected)
+        # Named rows keep one expert, whatever k is: no sparse form.
+        return routing.replace(gates=gates, selected=selected, expert_ids=None, expert_weights=None)
+
+    def features(
+        self,
+        x: Tensor,
+        context: RoutingContext | None = None,
+        *,
+        pool: bool = False,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """What the scorer sees: [B, T, I], or [B, S, I] pooled over prompts; float32 or wider.
+
+        Fitting a router without gradients fits it on exactly this.
+        """
+        wide_BTI = widened(x, self.settings.input_norm)
+        if pool or self.pools:
+            wide_BTI = pool_prompts(wide_BTI, context or RoutingContext(), self.settings.pool)
+        elif self.runs:
+            settings, known = self.settings, context or RoutingContext()
+            wide_BTI = running_features(wide_BTI, known, settings.pool, settings.window, before)
+        return wide_BTI
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Follow the model to another device, but not to a narrower dtype."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        return self
+
+
+def _without(routing: Routing, experts: tuple[int, ...]) -> Routing:
+    """The same decision with gates of zero for these experts."""
+    ids, weights = routing.expert_ids, routing.expert_weights
+    if ids is None or weights is None:
+        hidden = constant(experts, routing.gates.device)
+        return routing.replace(gates=routing.gates.index_fill(-1, hidden, 0.0))
+    hidden = constant(experts, ids.device)
+    # The dense gates are made anew from what is left.
+    return routing.replace(gates=None, expert_weights=weights.masked_fill(torch.isin(ids, hidden), 0.0))

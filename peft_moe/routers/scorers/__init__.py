@@ -1,0 +1,1 @@
+"""Scorers: each turns the input of a router into one score per expert."""

@@ -1,0 +1,82 @@
+"""Gradient checkpointing: a recomputed layer must find the forward pass that it belongs to.
+
+The backward pass recomputes layers when no forward pass is running, or, with two passes before one
+backward (preference training), when another one is. So the function that checkpoints a layer is
+wrapped: it notes the running context when the checkpoint is taken, and restores it for the recompute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..errors import PeftMoeError
+from .context import bound_to, current_context
+
+
+class ContextBoundCheckpoint:
+    """A checkpointing function that runs its layer in the context it was first run in."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint ``function``, bound to the context that is running now."""
+        context = current_context()
+
+        def in_its_context(*inputs: Any, **named: Any) -> Any:
+            with bound_to(context):
+                return function(*inputs, **named)
+
+        return self.checkpoint(in_its_context, *args, **kwargs)
+
+
+def bind_checkpoints(model: nn.Module) -> None:
+    """Wrap the checkpointing functions of ``model`` that are not wrapped yet.
+
+    Called in every forward pass, since trainers switch checkpointing on at any time; costs one walk
+    over the modules, and nothing where checkpointing is off.
+    """
+    if not model.training:
+        return
+    for module in _checkpointed(model):
+        function = module._gradient_checkpointing_func
+        if not isinstance(function, ContextBoundCheckpoint):
+            module._gradient_checkpointing_func = ContextBoundCheckpoint(function)  # type: ignore[assignment,arg-type]
+
+
+def uses_reentrant(model: nn.Module) -> bool:
+    """Whether ``model`` checkpoints with ``use_reentrant=True``."""
+    for module in _checkpointed(model):
+        function = module._gradient_checkpointing_func
+        if isinstance(function, ContextBoundCheckpoint):
+            function = function.checkpoint
+        if isinstance(function, partial):
+            return bool(function.keywords.get("use_reentrant", False))
+    return False
+
+
+def _checkpointed(model: nn.Module) -> Iterator[nn.Module]:
+    # transformers marks the layers that it checkpoints with these two attributes.
+    for module in model.modules():
+        if (
+            module.__dict__.get("gradient_checkpointing")
+            and "_gradient_checkpointing_func" in module.__dict__
+        ):
+            yield module
+
+
+def refuse_reentrant(model: nn.Module) -> None:
+    """Reentrant checkpointing runs a second backward through a decision that several layers share.
+
+    Raises:
+        PeftMoeError: with the fix.
+    """
+    if uses_reentrant(model):
+        raise PeftMoeError(
+            "gradient_checkpointing_kwargs={'use_reentrant': True} cannot train a router that several layers "
+            "share, nor a router with auxiliary losses: set use_reentrant=False"
+        )

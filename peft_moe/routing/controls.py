@@ -1,0 +1,190 @@
+"""What a caller decides at run time: masks, temperature, fixed gates, an expert by name for each row.
+
+Every control is a context manager over a :class:`Slot`: nothing is written into the model, threads and
+nested blocks do not see each other's, and the forward pass notes what held when it began, so that a layer
+which is recomputed later finds the same.
+
+Letters: B batch, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import PeftMoeError, near_matches
+from .context_var import Slot
+
+NOBODY = ("base", "null")
+"""Words for "no expert"; no expert can have such a name."""
+ROUTER, NO_EXPERT = -1, -2
+"""In a row's place of an expert: the router decides; nobody does."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The controls that hold right now, in the caller's words.
+
+    Attributes:
+        experts: names of the experts that may be used; None for all.
+        temperature: what scores are divided by instead of ``router_temperature``; None keeps that.
+        gates: weight by expert's name, for every token; None lets the router decide.
+    """
+
+    experts: tuple[str, ...] | None = None
+    temperature: float | None = None
+    gates: Mapping[str, float] | None = None
+
+
+@dataclass
+class Limits:
+    """The same for one mixture and one forward pass, in numbers.
+
+    Attributes:
+        experts: indices of the experts that may be used; None for all.
+        null: whether the null expert may be chosen.
+        temperature: see :class:`Controls`.
+        rows: expert of each sequence, long [B], or ``ROUTER`` or ``NO_EXPERT``; None where no row is named.
+    """
+
+    experts: tuple[int, ...] | None = None
+    null: bool = True
+    temperature: float | None = None
+    rows: Tensor | None = None
+
+
+_controls = Slot[Controls]("peft_moe_controls")
+
+
+def current_controls() -> Controls | None:
+    """The controls that hold right now; None if there are none."""
+    return _controls.get()
+
+
+@contextmanager
+def _holding(**changes: Any) -> Iterator[None]:
+    token = _controls.set(replace(_controls.get() or Controls(), **changes))
+    try:
+        yield
+    finally:
+        _controls.reset(token)
+
+
+def use_experts(*names: str) -> AbstractContextManager[None]:
+    """Let routers choose among these experts only; all others get no mass.
+
+    Masked columns leave the competition before the selection, and the router's own normalisation runs over
+    the rest: softmax weights sum to 1 again and the next best expert takes a place of the top k; sigmoid
+    weights are divided by the kept ones' sum where ``norm_topk_prob``; ReLU and unnormalised weights of the
+    others stay as they are. Shared experts count as well, and add nothing unless they are named. A decision
+    per prompt keeps its scores in the KV cache, and is masked anew in every step, so that the block may
+    begin and end in the middle of a generation. Losses still see the router's own scores.
+
+    Args:
+        names: of the experts; "null" (or "base") for a mixture's null expert, which is masked otherwise.
+
+    Raises:
+        PeftMoeError: no name; at the forward pass, a name that the mixture does not have. The method of the
+            same name on a model raises at once.
+    """
+    check_names(names)
+    return _holding(experts=names)
+
+
+def use_temperature(temperature: float) -> AbstractContextManager[None]:
+    """Divide scores by this instead of the config's ``router_temperature``; below 1 sharpens.
+
+    Raises:
+        PeftMoeError: not a finite number above 0.
+    """
+    check_temperature(temperature)
+    return _holding(temperature=float(temperature))
+
+
+def use_gates(weights: Mapping[str, float]) -> AbstractContextManager[None]:
+    """Fixed gates for every token and layer; no router is asked. ``routing_inputs(gates=…)`` goes before.
+
+    Args:
+        weights: by expert's name, 0 for those left out; they need not sum to 1. Shared experts count too.
+
+    Raises:
+        PeftMoeError: a weight that is negative or no finite number; a name, as in :func:`use_experts`.
+    """
+    check_gates(weights)
+    return _holding(gates=dict(weights))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Names as such, before any mixture is known.
+
+    Raises:
+        PeftMoeError: none, or one that is no text.
+    """
+    if not names:
+        raise PeftMoeError(
+            "use_experts() masks every expert; name at least one, or use `with model.disable_adapter()` for "
+            "the base alone"
+        )
+    for name in names:
+        if not isinstance(name, str):
+            raise PeftMoeError(
+                f"use_experts: {name!r} is no name; write the experts' names as text, one after another"
+            )
+
+
+def check_temperature(temperature: Any) -> None:
+    """A temperature is a finite number above 0.
+
+    Raises:
+        PeftMoeError: it is not.
+    """
+    if not _is_number(temperature) or temperature <= 0:
+        raise PeftMoeError(f"temperature={temperature!r} must be a finite number > 0; below 1 sharpens")
+
+
+def check_gates(weights: Any) -> None:
+    """Weights as such, before any mixture is known.
+
+    Raises:
+        PeftMoeError: no mapping of names to finite numbers ≥ 0.
+    """
+    if not isinstance(weights, Mapping) or not weights:
+        raise PeftMoeError(f"gates={weights!r} must map names to weights, as in {{'math': 0.7, 'law': 0.3}}")
+    for name, weight in weights.items():
+        if not _is_number(weight) or weight < 0:
+            raise PeftMoeError(f"gates[{name!r}]={weight!r} must be a finite number ≥ 0; 0 leaves it out")
+
+
+def resolve(name: str, names: Sequence[str], *, adapter: str, what: str, nobody: bool) -> int:
+    """Index of an expert's name, or ``NO_EXPERT``.
+
+    Args:
+        name: what the caller wrote.
+        names: of the mixture's experts, in order.
+        adapter: of the mixture.
+        what: for the message: where it was written.
+        nobody: whether "base" and "null" mean something here.
+
+    Raises:
+        PeftMoeError: the mixture has no such expert; names near matches.
+    """
+    if name in names:
+        return list(names).index(name)
+    if name in NOBODY and nobody:
+        return NO_EXPERT
+    if name in NOBODY:
+        raise PeftMoeError(
+            f"{what}: {name!r} is the null expert's name, and mixture {adapter!r} has null_expert=False; "
+            "leave it out, or use `with model.disable_adapter()` for the base alone"
+        )
+    options = [*names, *(NOBODY if nobody else ())]
+    raise PeftMoeError(f"{what}: {name!r} is no expert of mixture {adapter!r}.{near_matches(name, options)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,106 @@
+"""A routing decision that travels with the KV cache.
+
+A decision pooled over the prompt must hold for every token that is decoded from it, and follow its
+sequence through beam search, repetition and cropping. The cache object is the only thing that all
+those paths move along, so the decision lives in it, as one more layer that stores no keys.
+
+Letters: B batch, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, EncoderDecoderCache
+
+from ..errors import PeftMoeError
+from .context import Routing
+
+# Summaries that a running router keeps, so that a rollback of that many tokens finds the one before them.
+REMEMBERED = 64
+
+
+class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped here
+    """What one adapter's router must remember between the steps of a generation.
+
+    Attributes:
+        adapter: the adapter's name.
+        decisions: by router, tensors [B, 1, ·]: the prompt's, or the last one of a router that follows the
+            text, with its last summaries; None for routers that decide per token everywhere.
+        probe_cache: keys and values of the bare base below the tap; None where no probe runs.
+    """
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.decisions: dict[str, Routing] | None = None
+        self.probe_cache: DynamicCache | None = None
+
+    def reset(self) -> None:
+        """Forget everything: the cache starts a new text."""
+        self.decisions = None
+        self.probe_cache = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Follow a rollback; the prompt's decision stands."""
+        if self.probe_cache is not None:
+            self.probe_cache.crop(tokens_to_remove)
+        removed = abs(tokens_to_remove)
+        for name, routing in (self.decisions or {}).items():
+            if routing.running is None or removed == 0:
+                continue
+            if removed >= routing.running.shape[1]:
+                raise PeftMoeError(
+                    f"adapter {self.adapter!r}: router {name!r} follows the text and remembers the last "
+                    f"{routing.running.shape[1]} tokens, so that {removed} cannot be taken back; "
+                    "fill a new cache"
+                )
+            routing.running = routing.running[:, :-removed]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow beams to their new rows."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Follow a prompt that is continued several times."""
+        self._move(lambda t: t.repeat_interleave(repeats, dim=0))
+        if self.probe_cache is not None:
+            self.probe_cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self._move(lambda t: t.index_select(0, indices.to(t.device)))
+        if self.probe_cache is not None:
+            self.probe_cache.batch_select_indices(indices.to(torch.long))
+
+    def _move(self, move: Callable[[Tensor], Tensor]) -> None:
+        if self.decisions is not None:
+            self.decisions = {name: routing.map(move) for name, routing in self.decisions.items()}
+
+
+def find_state(cache: Any, adapter: str) -> RouterState | None:
+    """The state of ``adapter`` in a KV cache, None if it has none (or is no cache that can hold one)."""
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        return None
+    for layer in reversed(cache.layers):
+        if isinstance(layer, RouterState) and layer.adapter == adapter:
+            return layer
+    return None
+
+
+def attach_state(cache: Any, state: RouterState) -> None:
+    """Put a state into a KV cache, behind its own layers; it replaces one of the same adapter.
+
+    Must be called after a forward pass: a lazy cache makes its layers during the first one, and would
+    take the state for one of them.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        return
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, RouterState) and layer.adapter == state.adapter:
+            cache.layers[index] = state
+            return
+    cache.layers.append(state)

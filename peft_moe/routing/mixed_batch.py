@@ -1,0 +1,132 @@
+"""One batch, a mixture of its own for each row: PEFT's ``adapter_names``, at inference.
+
+Every mixture that is named decides for the whole batch, as if it were alone, so that its routers, taps and
+the decisions in a KV cache need to know nothing of the others; each layer applies it to its own rows only.
+
+Letters: B rows as given, N rows as a layer sees them, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..errors import PeftMoeError
+from .context import Routing
+from .context_var import Slot
+
+BASE = "__base__"
+
+_names = Slot[tuple[str, ...]]("peft_moe_adapter_names")
+
+
+def named_adapters() -> list[str] | None:
+    """The mixtures that the running call's rows name, in order; None outside of a mixed batch."""
+    names = _names.get()
+    return None if names is None else [name for name in dict.fromkeys(names) if name != BASE]
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, names: Sequence[str], given: Sequence[Any]) -> Iterator[None]:
+    """Run the model's calls inside with one adapter per row.
+
+    Args:
+        model: the base with its mixtures.
+        names: one adapter per row, ``"__base__"`` for none.
+        given: the call's arguments.
+
+    Raises:
+        PeftMoeError: training mode, merged adapters, unknown names, or another number of rows.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "molora_A")]
+    if any(layer.merged for layer in layers):
+        raise PeftMoeError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    known = {adapter for layer in layers for adapter in layer.molora_A}
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise PeftMoeError(f"adapter_names={names!r} must be a list with one adapter's name for each row")
+    if model.training:
+        raise PeftMoeError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one "
+            "adapter at a time with set_adapter()"
+        )
+    unknown = sorted(set(names) - known - {BASE})
+    if unknown:
+        raise PeftMoeError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; this model has "
+            f"{', '.join(sorted(known))}, and {BASE} stands for the bare base"
+        )
+    first = next((value for value in given if isinstance(value, Tensor) and value.dim() > 0), None)
+    if first is not None and len(first) != len(names):
+        raise _wrong_length(names, len(first))
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                handle = module.register_forward_pre_hook(_tell(tuple(names)), with_kwargs=True)
+                stack.callback(handle.remove)
+        stack.callback(_names.reset, _names.set(tuple(names)))
+        yield
+
+
+def _wrong_length(names: Sequence[str], rows: int) -> PeftMoeError:
+    return PeftMoeError(
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{len(names)} and {rows} respectively."
+    )
+
+
+def _tell(names: tuple[str, ...]) -> Callable[..., Any]:
+    # What PEFT keeps beside a mixture (modules_to_save, trained tokens) takes the names as an argument.
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        repeats = len(args[0]) // len(names) if args and len(names) else 1
+        return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
+
+    return hook
+
+
+def rows_of(adapter: str, x: Tensor, layer_name: str) -> Tensor | None:
+    """Which rows of a layer's input [N, …, I] belong to an adapter; None for all of them.
+
+    N is B, or a multiple of it, where a generation follows several beams or a layer is given flat tokens:
+    both keep what belongs to one row together.
+
+    Raises:
+        PeftMoeError: the layer sees other rows than the batch's, which nobody can tell apart.
+    """
+    names = _names.get()
+    if names is None:
+        return None
+    rows = x.shape[0]
+    loose = ".experts." in layer_name  # of a sparse base, whose experts see tokens in an order of their own
+    if not names or rows % len(names) or loose:
+        seen = "loose tokens" if loose else f"{rows} rows where the batch has {len(names)}"
+        raise PeftMoeError(
+            f"{layer_name} sees {seen}, so that adapter_names cannot say whose they are; run one batch per "
+            "adapter with set_adapter(), or leave this layer out of target_modules"
+        )
+    repeats = rows // len(names)
+    own = [row for row, name in enumerate(names) if name == adapter]
+    first = torch.tensor(own, device=x.device, dtype=torch.long)[:, None] * repeats
+    return (first + torch.arange(repeats, device=x.device)).flatten()
+
+
+def narrow(routing: Routing, rows: Tensor, x: Tensor) -> Routing:
+    """A decision for all rows of ``x`` [N, …, I], for some of them only."""
+    total = x.shape[0]
+
+    def take(values: Tensor) -> Tensor:
+        if values.shape[0] == values.shape[1] == 1:
+            return values
+        if values.shape[0] != total:
+            # Flat tokens: a decision per token, or one that all tokens of a sequence share.
+            columns = total // values.shape[0]
+            values = values.expand(-1, columns, -1).reshape(total, 1, -1)
+        return values[rows]
+
+    return routing.bare().map(take)

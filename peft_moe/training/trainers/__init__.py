@@ -1,0 +1,1 @@
+"""TRL trainers that train the router."""

@@ -1,0 +1,275 @@
+"""A mixin that makes a Hugging Face trainer train routers rightly.
+
+Trainers rebuild the loss from the model's outputs, so a loss added inside the model is lost without
+a word. The mixin adds the auxiliary losses where the trainer computes its own, divides them by the
+accumulation steps exactly where the trainer expects that, and logs loads and entropies.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...routers import Router
+from ...routers.metrics import routing_summary
+from ...routing.context import RoutingRecord, record_routing, routing_inputs
+from ...routing.model_call import IGNORE
+from ...tuner.layers.shared_router import named_routers
+from ..data.balanced_sampler import balanced_sampler
+from ..data.domain_labels import (
+    DOMAIN_INDEX,
+    OURS,
+    DomainCollator,
+    check_domains,
+    per_row_domains,
+    refuse_unlabelled,
+)
+from .auxiliary_losses import LOG_NAMES, AuxiliaryTerms
+from .checkpoints import checked_resume, seal, unseal
+from .checks import (
+    check_checkpointing,
+    check_teacher,
+    check_trainable,
+    mixture_config,
+    refuse_distillation,
+    restore_router_precision,
+    router_weights,
+    warn_slow_router,
+)
+from .distillation import Distiller, per_scored_token
+from .step_state import AroundSteps, Movers, RouterState
+
+
+class RouterTrainerMixin:
+    """Put before a ``transformers.Trainer`` subclass: ``class T(RouterTrainerMixin, SFTTrainer)``.
+
+    The model must carry an active mixture (``peft_config=MoLoraConfig(…)`` or a PeftModel). The weights of
+    losses are those of the config, and so is everything else that balances or distils. A ``domain``
+    column of the dataset names each sample's expert.
+
+    Args:
+        model: as for the trainer.
+        teacher: for ``distillation_coef``: a causal language model with the base's tokenizer. Without it
+            each sample's own expert teaches. The other arguments are the trainer's.
+        balanced_domains: every step, and every batch of a multiple of the domains, holds equal shares of all
+            domains; smaller ones repeat.
+
+    Raises:
+        PeftMoeError: at construction or at ``train()``: no mixture, nothing to train, something else
+            would train, or a loss that could have no effect.
+    """
+
+    model: nn.Module
+    args: Any
+    accelerator: Any
+    data_collator: Any
+    train_dataset: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        balanced_domains: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._balanced = balanced_domains
+        before = router_weights(model) if isinstance(model, nn.Module) else {}
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        self.adapter_name, self.mixture = mixture_config(self.model)
+        restore_router_precision(self.model, before)
+        check_trainable(self.model, self.mixture)
+        check_teacher(teacher, self.mixture)
+        self._has_teacher = teacher is not None
+        check_domains(self.train_dataset, self.mixture, self.args, has_teacher=self._has_teacher)
+        self._keep_domains()
+        self._distiller: Distiller | None = None
+        if self.mixture.distillation_coef:
+            if teacher is not None:
+                teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            base = self.model.get_base_model()  # type: ignore[operator]
+            self._distiller = Distiller(base, self.mixture, teacher, self.accelerator.autocast)
+        self._begin()
+        self._eval_prefix = "eval"
+        self._routing_log: dict[str, dict[str, list[float]]] = {
+            "train": defaultdict(list),
+            "eval": defaultdict(list),
+        }
+
+    def _keep_domains(self) -> None:
+        if self._balanced:
+            self._get_train_sampler()
+        self.data_collator = DomainCollator(self.data_collator, self.mixture)
+
+    def _begin(self) -> None:
+        callbacks: Any = getattr(self, "callback_handler")  # noqa: B009  # the trainer's own, untyped
+        state = next((c for c in callbacks.callbacks if isinstance(c, RouterState)), None)
+        if state is None:
+            state = RouterState()
+            callbacks.add_callback(state)
+            callbacks.add_callback(AroundSteps(self._begin, self._after_step))
+        self._experts = self.mixture.expert_names
+        self._routers: dict[str, Router] = dict(named_routers(self.model, self.adapter_name))
+        self._movers = Movers(self.mixture, self._routers, state.values)
+        self._terms = AuxiliaryTerms(self.mixture, self.adapter_name, state.values)
+
+    def _after_step(self) -> None:
+        self._movers.step()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own ``train``, after a last look at what would train.
+
+        ``resume_from_checkpoint=True`` goes on from the last checkpoint that is whole.
+        """
+        check_trainable(self.model, self.mixture)
+        warn_slow_router(self.args, self.mixture)
+        resume = args[0] if args else kwargs.pop("resume_from_checkpoint", None)
+        resume = checked_resume(resume, self.args.output_dir)
+        return super().train(resume, *args[1:], **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The trainer's checkpoint, sealed once all processes have written their part of it."""
+        step = self.state.global_step  # type: ignore[attr-defined]
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"  # type: ignore[attr-defined]
+        if self.args.should_save:
+            unseal(folder)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and folder.is_dir():
+            seal(folder)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> Any:
+        """The trainer's own ``evaluate``; what is logged of the routers carries the same prefix."""
+        self._eval_prefix = metric_key_prefix
+        self._routing_log["eval"].clear()
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self._balanced:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        state: Any = self
+        # Asked of the trainer, since accelerate does not tell a sampler the epoch of a run that is resumed.
+        return balanced_sampler(
+            self.train_dataset if train_dataset is None else train_dataset,
+            self.args,
+            state._train_batch_size,
+            seed,
+            lambda: state.state.global_step,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        # Without this the trainer drops the columns before the collator sees them.
+        columns: list[str] | None = getattr(self, "_signature_columns", None)
+        if columns is not None:
+            self._signature_columns = [*columns, *(name for name in OURS if name not in columns)]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The trainer's loss plus the weighted terms of this pass."""
+        if self.mixture.expert_names != self._experts:
+            self._begin()  # experts came or went since: other routers, other columns
+        check_checkpointing(self.model, self.mixture)
+        domains, labels = per_row_domains(inputs), inputs.get("labels")
+        # Not taken out of the batch itself: a trainer may come back to it.
+        inputs = {key: value for key, value in inputs.items() if key != DOMAIN_INDEX}
+        training = self.model.training
+        if training and domains is None:
+            refuse_unlabelled(self.mixture, self._has_teacher)
+        if training and labels is None and self._distiller is not None:
+            refuse_distillation(self, self.mixture)
+        known: dict[str, Any] = {"prompt_mask": self._prompt_mask(inputs), "domains": domains}
+        lesson = self._distiller.teach(model, inputs, known) if self._distiller else None
+        listening = (
+            self._distiller.listen(with_grad_only=training)
+            if self._distiller and lesson is not None
+            else nullcontext()
+        )
+        with routing_inputs(**known), record_routing(with_grad_only=training) as record, listening:
+            result = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        total = result[0] if return_outputs else result
+        if lesson is not None and labels is not None:
+            total = self._distilled(total, lesson, labels, num_items_in_batch)
+        total = self._with_terms(total, record, num_items_in_batch)
+        return (total, *result[1:]) if return_outputs else total
+
+    def _prompt_mask(self, inputs: dict[str, Any]) -> Tensor | None:
+        # Losses on full logits (label smoothing, compute_loss_func, metrics) keep the labels from the model,
+        # and a router that pools over prompts would see the completion.
+        labels, ids = inputs.get("labels"), inputs.get("input_ids")
+        base: Any = self.model.get_base_model()  # type: ignore[operator]
+        if labels is None or ids is None or labels.shape != ids.shape or not base.can_generate():
+            return None
+        mask: Tensor = labels == IGNORE
+        return mask
+
+    def _distilled(self, language: Tensor, lesson: Tensor, labels: Tensor, num_items: Any) -> Tensor:
+        """α·CE + β·T²·KL, the latter divided by the same number of tokens as the former."""
+        assert self._distiller is not None
+        training = self.model.training
+        share = self._accumulation_share(num_items) if training else 1
+        total = self._distiller.loss(lesson, labels)
+        by_step = training and num_items is not None
+        loss = per_scored_token(total, len(lesson), num_items if by_step else None, self)
+        if not by_step:
+            loss = loss / share
+        loss = loss.to(language.device)
+        # What the step adds up of micro-batches; the log takes their mean instead.
+        log = self._routing_log["train" if training else "eval"]
+        log["distillation_loss"].append(float(loss.detach()) * share)
+        of_language, of_teacher = self._movers.distillation_factors()
+        if training:
+            self._movers.count_losses(language, loss, share, self._steps_of_batch())
+        return of_language * language + self.mixture.distillation_coef * of_teacher * loss
+
+    def _with_terms(self, total: Tensor, record: RoutingRecord, num_items: Any) -> Tensor:
+        training = self.model.training
+        log = self._routing_log["train" if training else "eval"]
+        names, shared = self.mixture.expert_names, self.mixture.shared_experts
+        settings = {name: router.settings for name, router in self._routers.items()}
+        for key, value in routing_summary(record, names, shared, settings).items():
+            log[key].append(value)
+        share = self._accumulation_share(num_items) if training else 1
+        for name, loss in self._terms.losses(record, self._routers, self.model).items():
+            log[LOG_NAMES[name]].append(float(loss.detach()))
+            total = total + (self._terms.weight(name) * loss / share).to(total.device)
+        if training:
+            self._movers.count_decisions(record)
+        return total
+
+    def _steps_of_batch(self) -> int:
+        return int(getattr(self, "current_gradient_accumulation_steps", 1))
+
+    def _accumulation_share(self, num_items_in_batch: Any) -> int:
+        # What the trainer itself asks before it divides a step's loss by its accumulation steps.
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_tokens = getattr(self, "model_accepts_loss_kwargs", False) and num_items_in_batch is not None
+            scaled = by_tokens or getattr(self, "compute_loss_func", None) is not None
+        return self._steps_of_batch() if scaled else 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's log, with loads, entropy, losses and moving weights since the last one."""
+        mode = "train" if self.model.training else "eval"
+        prefix = "" if mode == "train" else f"{self._eval_prefix}_"
+        values = self._routing_log[mode]
+        for key, some in values.items():
+            logs[prefix + key] = sum(some) / len(some)
+        if mode == "train" and values:
+            logs.update(self._movers.report())
+        values.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""``MoLoraConfig`` and the rules that its fields obey."""

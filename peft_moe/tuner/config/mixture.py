@@ -1,0 +1,242 @@
+"""``MoLoraConfig``: everything a mixture is told, checked before any model or file is touched."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+
+from ...errors import PeftMoeError
+from ...experts.spec import ExpertSpec, source_name
+from ...io.atomic import replace_file
+from .combination_rules import check_routing, check_shared
+from .field_rules import check_fields
+from .model_card import check_base_on_hub, update_card
+from .routing import RoutingFields
+from .weights_file import check_weights_file, file_digest, read_json
+
+# A field that changes what a saved mixture computes raises this number, and older versions then refuse the
+# file; of any other field that they do not know they only warn, which is PEFT's contract.
+FORMAT_VERSION = 2  # 2: mixing
+
+
+@dataclass
+class MoLoraConfig(RoutingFields, PeftConfig):
+    """A gated mixture of LoRA experts in the linear layers of a frozen base.
+
+    How it routes is documented at :class:`RoutingFields`, whose fields are this config's as well.
+
+    Args:
+        experts: where the experts come from. ``{"math": "path-or-hub-id", …}`` reads trained PEFT LoRA
+            adapters (``"org/name@revision"`` pins a Hub revision); a list names them after their
+            folders; a number makes that many fresh, trainable experts. In a loaded or injected
+            config: the list of records that describe the embedded experts.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save,
+            trainable_token_indices, bias: as in ``LoraConfig``; ``bias`` is "none", "all" or
+            "molora_only". With trained adapters ``target_modules`` may stay None: the union of what they
+            adapt.
+        r, lora_alpha, use_rslora, init_weights: of fresh experts only. ``init_weights=False`` starts
+            B at random instead of zero (for tests).
+        train_experts: whether the experts train as well. Default: fresh ones do, given ones do not.
+        mixing: where experts are mixed. "linear": at the output of every linear layer. "block": at that of
+            every feed-forward network, y = FFN(x) + Σ g_e (FFN_e(x) - FFN(x)), with one router for each
+            (MixLoRA, Mixtral); other layers, such as attention, are mixed per linear beside it. Fresh experts
+            then adapt the feed-forward networks where target_modules is left out.
+        allow_base_mismatch: accept adapters that name another base model.
+        base_precision: how the base's weights were kept when the mixture was made ("full",
+            "bitsandbytes nf4"); written at injection, compared at loading.
+        base_fingerprint: size and some numbers of the base that the mixture was made on; written at
+            injection, compared at loading: another base is refused unless ``allow_base_mismatch`` is set.
+        verify_experts: compare weights with the digests in the config whenever they are loaded.
+        weights_digest: of the saved routers, and of the experts where they train; written at saving.
+        backend: how the mixture is computed; "auto" lets a model of FLOPs and bytes choose for every kind of
+            call. It changes speed and memory only. Others: "stacked", "grouped", "gather", "folded",
+            "reference", "triton_stacked", "triton_sorted", "triton_gather"; a call that one cannot serve is
+            refused with the reason.
+        format_version: of the saved layout.
+
+    Raises:
+        PeftMoeError: a field or a combination that cannot work, with the value, the reason, the fix.
+    """
+
+    experts: dict[str, str] | list[Any] | int = 4
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: str = "none"
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    init_weights: bool = True
+    train_experts: bool | None = None
+    mixing: str = "linear"
+    allow_base_mismatch: bool = False
+    base_precision: str | None = None
+    base_fingerprint: dict[str, Any] | None = None
+    verify_experts: bool = True
+    weights_digest: str | None = None
+    backend: str = "auto"
+    format_version: int = FORMAT_VERSION
+    # PEFT's name matching asks for this attribute; targeting bare parameters is not offered.
+    target_parameters: None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's own
+        # A member that the registration adds to PEFT's enum, which type checkers cannot see.
+        self.peft_type = PeftType("MOLORA")
+        check_fields(self)
+        if self.format_version > FORMAT_VERSION:
+            raise PeftMoeError(
+                f"format_version={self.format_version} is newer than {FORMAT_VERSION}, the newest that "
+                "this peft-moe reads; upgrade peft-moe"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))  # PEFT's habit
+        check_shared(self)
+        self.fill_from_preset()
+        # Of the layer that keeps the fewest columns, where they differ.
+        check_routing(self, self.router_settings(top_k=self.smallest_top_k), self.scorer)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's reading of a config's file, with the file named where it cannot be read.
+
+        Raises:
+            PeftMoeError: the file is no JSON object.
+        """
+        values = read_json(path_json_file)
+        values.pop("runtime_config", None)  # as PEFT does
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """PEFT's loading of a config; in a folder here, weights that do not fit it are refused at once.
+
+        Raises:
+            PeftMoeError: either file is damaged, or they do not belong together.
+        """
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        if isinstance(config, cls) and config.experts_embedded:
+            folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            check_weights_file(folder, config.specs(), all_everywhere=config.experts_per_layer is None)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's saving of a config, in one step; behind weights it also records their digest.
+
+        The model card is written beside it.
+
+        Raises:
+            PeftMoeError: the folder or the weights in it cannot be read.
+        """
+        saved = copy.copy(self)
+        # PEFT hands this over right after it has written the weights; alone, a config says nothing of any.
+        if "auto_mapping_dict" in kwargs and self.verify_experts:
+            part = "all" if self.experts_train else "routers"
+            saved.weights_digest = file_digest(save_directory, part)
+        if os.path.isfile(save_directory):
+            raise PeftMoeError(f"{save_directory} is a file; name a folder to save into")
+        place = Path(save_directory)
+        place.mkdir(parents=True, exist_ok=True)
+
+        def write(beside: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=place, prefix=".config.") as scratch:
+                super(MoLoraConfig, saved).save_pretrained(scratch, **kwargs)  # type: ignore[no-untyped-call]
+                os.rename(os.path.join(scratch, CONFIG_NAME), beside)
+
+        replace_file(place / CONFIG_NAME, write)
+        update_card(place, self)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's upload of a config.
+
+        Raises:
+            PeftMoeError: the base is a folder on this machine; nothing was uploaded.
+        """
+        check_base_on_hub(self)
+        return super().push_to_hub(*args, **kwargs)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.experts if isinstance(self.experts, int) else len(self.experts)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names in the mixture's order: the order of the gates' columns."""
+        if isinstance(self.experts, int):
+            return [f"expert_{index}" for index in range(self.experts)]
+        if isinstance(self.experts, dict):
+            return list(self.experts)
+        return [entry["name"] if isinstance(entry, dict) else source_name(entry) for entry in self.experts]
+
+    @property
+    def experts_embedded(self) -> bool:
+        """True once the experts are described by records: in injected, saved and loaded configs."""
+        return isinstance(self.experts, list) and all(isinstance(entry, dict) for entry in self.experts)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of embedded experts, as they are saved; may be changed in place."""
+        entries = self.experts if isinstance(self.experts, list) else []
+        return [entry for entry in entries if isinstance(entry, dict)]
+
+    def sources(self) -> dict[str, str]:
+        """Name to folder or Hub id, for a config whose experts are still to be read; else empty."""
+        if isinstance(self.experts, dict):
+            return dict(self.experts)
+        if isinstance(self.experts, list) and not self.experts_embedded:
+            return {source_name(entry): entry for entry in self.experts}
+        return {}
+
+    def specs(self) -> list[ExpertSpec]:
+        """Descriptions of fresh or embedded experts.
+
+        Raises:
+            PeftMoeError: the experts are adapters that have not been read yet.
+        """
+        if isinstance(self.experts, int):
+            return [
+                ExpertSpec(name, r=self.r, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora)
+                for name in self.expert_names
+            ]
+        if not self.experts_embedded:
+            raise PeftMoeError("the experts have not been read yet; inject the config into a model first")
+        return [ExpertSpec.from_record(record) for record in self.records()]
+
+    @property
+    def trains(self) -> list[bool]:
+        """Of each expert, whether its own weights train."""
+        own = [record.get("trains") for record in self.records()] or [None] * self.num_experts
+        return [self.experts_default if one is None else bool(one) for one in own]
+
+    @property
+    def experts_train(self) -> bool:
+        """Whether any expert's own weights train."""
+        return any(self.trains)
+
+    @property
+    def experts_default(self) -> bool:
+        """Whether experts train of which nothing else is said."""
+        if self.train_experts is not None:
+            return self.train_experts
+        return isinstance(self.experts, int) or (
+            self.experts_embedded and all(not record.get("source") for record in self.records())
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; sets are sorted, so that the file's bytes do not depend on hashing."""
+        values = super().to_dict()
+        values.pop("target_parameters", None)
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}

@@ -1,0 +1,1 @@
+"""What injection puts into a base: mixtures on linear layers, routers, taps."""

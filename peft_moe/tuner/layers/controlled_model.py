@@ -1,0 +1,45 @@
+"""The controls of a model that carries mixtures, as its methods, with names checked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ...errors import PeftMoeError
+from ...routing.controls import Controls, use_experts, use_gates, use_temperature
+from ..config.mixture import MoLoraConfig
+from .resolve_controls import fixed_gates, limits_of
+
+
+class Controlled:
+    """Methods of a tuner; a PeftModel hands them through: ``with model.use_experts("math", "law"): …``."""
+
+    peft_config: dict[str, Any]
+    active_adapters: list[str]
+
+    def use_experts(self, *names: str) -> AbstractContextManager[None]:
+        """As :func:`peft_moe.use_experts`, and unknown names raise here."""
+        block = use_experts(*names)
+        for adapter, config in self._active_mixtures().items():
+            limits_of(Controls(experts=names), adapter, config)
+        return block
+
+    def use_gates(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
+        """As :func:`peft_moe.use_gates`, and unknown names raise here."""
+        block = use_gates(weights)
+        for adapter, config in self._active_mixtures().items():
+            fixed_gates(weights, adapter, config)
+        return block
+
+    def use_temperature(self, temperature: float) -> AbstractContextManager[None]:
+        """As :func:`peft_moe.use_temperature`."""
+        self._active_mixtures()
+        return use_temperature(temperature)
+
+    def _active_mixtures(self) -> dict[str, MoLoraConfig]:
+        found = {a: self.peft_config[a] for a in self.active_adapters if a in self.peft_config}
+        mixtures = {a: config for a, config in found.items() if isinstance(config, MoLoraConfig)}
+        if not mixtures:
+            raise PeftMoeError(f"no mixture is active; set_adapter() one of {sorted(self.peft_config)}")
+        return mixtures

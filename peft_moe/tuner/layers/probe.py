@@ -1,0 +1,93 @@
+"""Running the bare base up to a tap, and no further.
+
+Letters: B batch, T sequence, I in (hidden size).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from ...errors import PeftMoeError
+from ...routing.context import RoutingContext, bound_to
+from ...routing.model_call import CACHES, past_length
+from .tap import Tap
+
+# Arguments that belong to losses, caches and outputs, not to the base's hidden states.
+_NOT_FOR_THE_PROBE = {
+    "labels",
+    *CACHES,
+    "use_cache",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+}
+
+
+class TapReached(Exception):  # noqa: N818  # a stop, not an error
+    """Ends a probe; carries the hidden states at the tap, [B, T, I], as its only argument."""
+
+
+def run_probe(
+    model: nn.Module, tap: Tap, call: dict[str, Any], context: RoutingContext, cache: DynamicCache | None
+) -> Tensor:
+    """Hidden states of the base alone at the tap, without gradients.
+
+    Args:
+        model: the model that carries the mixture; its layers step aside while the probe runs.
+        tap: where to stop.
+        call: the arguments of the call that is being prepared, by name.
+        context: of that call.
+        cache: keys and values of earlier steps of the probe, extended in place; None without.
+
+    Returns:
+        [B, T, I] at this call's tokens.
+    """
+    backbone = getattr(model, "base_model", model)
+    accepted = inspect.signature(backbone.forward).parameters
+    # What the head does not name itself goes on to the layers (sequence boundaries of packed rows).
+    own = inspect.signature(model.forward).parameters
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    arguments = {
+        name: value
+        for name, value in call.items()
+        if name not in _NOT_FOR_THE_PROBE and (name in accepted or (passed_on and name not in own))
+    }
+    if isinstance(call.get("past_key_values"), Cache) and call["past_key_values"].is_compileable:
+        arguments = _without_static_cache(arguments, call, cache)
+    if cache is not None:
+        name = next((name for name in CACHES if name in accepted), CACHES[0])
+        arguments.update({name: cache, "use_cache": True})
+    probing = RoutingContext(shape=context.shape, real=context.real, probing=True, probe_until=tap.layer)
+    with torch.no_grad(), bound_to(probing):
+        try:
+            backbone(**arguments)
+        except TapReached as reached:
+            hidden_BTI: Tensor = reached.args[0]
+            return hidden_BTI
+    raise PeftMoeError(f"the base never called {tap.name}, which router_tap names; choose another layer")
+
+
+def _without_static_cache(
+    arguments: dict[str, Any], call: dict[str, Any], cache: DynamicCache | None
+) -> dict[str, Any]:
+    # A static cache comes with a mask over all of its slots; the probe has no slots, only tokens.
+    if cache is not None or past_length(call) > 0:
+        raise PeftMoeError(
+            "a router that decides per token with router_below_tap='probe' cannot run on a static KV cache; "
+            "use the default dynamic cache, router_granularity='sequence', or router_below_tap='base'"
+        )
+    mask = arguments.get("attention_mask")
+    masks = mask if isinstance(mask, dict) else {"mask": mask}
+    cut = {
+        name: m[..., : m.shape[-2]] if isinstance(m, Tensor) and m.dim() == 4 else m
+        for name, m in masks.items()
+    }
+    return {**arguments, "attention_mask": cut if isinstance(mask, dict) else cut["mask"]}

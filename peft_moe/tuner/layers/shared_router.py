@@ -1,0 +1,237 @@
+"""Routers that several layers share, and the seats they have in the model.
+
+A shared router is a PEFT layer without a base layer: PEFT then saves, loads, freezes and deletes it
+like any other. Its attribute must not hold PEFT's prefix ``molora_``, which PEFT skips on deletion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ...errors import PeftMoeError
+from ...routers import Router
+from ...routing.context import Routing, RoutingContext, report
+from ...routing.context_var import Slot
+from ...routing.mixed_batch import named_adapters
+from .meta_weights import is_empty
+
+MODEL_SEAT = "shared_router"
+BLOCK_SEAT = "block_router"
+
+
+class MixtureLayer(BaseTunerLayer):
+    """What PEFT is told to look for: layers with experts, and shared routers."""
+
+    name: str
+
+    def _start_empty(self) -> None:
+        # PEFT keeps these as class attributes, which instances would share.
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+    def adapters_now(self) -> list[str]:
+        """What the running call uses: the active adapters, or those that its rows name."""
+        named = named_adapters()
+        if named is not None:
+            return named
+        active: list[str] = self.active_adapters
+        return active
+
+    def _home(self, adapter: str) -> nn.Module | None:
+        """The part of the base next to which the weights of ``adapter`` live."""
+        raise NotImplementedError
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT calls this after a load; its own version also casts to the base's dtype, which would round
+        # experts, and asks shared routers for a base layer.
+        home = self._home(adapter_name)
+        if device is None and home is not None:
+            tensors = chain(home.named_parameters(), home.named_buffers())
+            device = next((t.device for name, t in tensors if "molora_" not in name), None)
+        if device is None or device.type == "meta":
+            return
+        for kind in self.adapter_layer_names:
+            parts = getattr(self, kind)
+            if adapter_name in parts and not is_empty(parts[adapter_name]):
+                parts[adapter_name].to(device)
+
+
+class SharedRouter(nn.Module, MixtureLayer):
+    """Routers of one block or of the whole model, one per adapter."""
+
+    adapter_layer_names = ("molora_router",)
+    other_param_names: tuple[str, ...] = ()
+    # PEFT asks every layer of its methods for these; there is no base layer to answer for.
+    in_features = out_features = None
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.molora_router = nn.ModuleDict()
+        self.handles: list[Any] = []
+        self._start_empty()
+
+    @property
+    def weight(self) -> Tensor:
+        """None to be had: PEFT's own property would look for a base layer for ever."""
+        raise AttributeError("a shared router has no base layer, and so no weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The same."""
+        raise AttributeError("a shared router has no base layer, and so no bias")
+
+    def detach_hooks(self) -> None:
+        """Leave the watched modules as they were found."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def add_router(self, adapter: str, router: Router) -> None:
+        """Take in the router of ``adapter``; one that does not train is declared frozen to PEFT."""
+        self.molora_router[adapter] = router
+        if not router.trainable:
+            self.frozen_peft_weight_names[adapter] = ("molora_router",)
+
+    def forward(self, x: Any) -> Any:
+        """Pass on what comes in: an ``nn.Sequential`` takes a seat in it for one of its steps."""
+        return x
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing of a router can be merged; the layers refuse before this is reached."""
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+
+@dataclass
+class _BlockCall:
+    """One call of a block: who decides, and what it decided per shape of tokens."""
+
+    block: BlockRouter
+    decisions: dict[tuple[str, tuple[int, ...]], Routing] = field(default_factory=dict)
+    parent: _BlockCall | None = None
+
+
+_block_call = Slot[_BlockCall]("peft_moe_block")
+
+
+class BlockRouter(SharedRouter):
+    """The router of one attention or feed-forward module.
+
+    The first adapted layer that the block calls decides, from its own input; the block's other layers
+    follow. The decision lives exactly as long as the call of the block, so that a recomputed block
+    decides again, and nothing is left over for the next forward pass.
+    """
+
+    other_param_names = ("deciders",)
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        # Of mixing="block": who decides here, by adapter; those with experts in the last linear; the linears
+        # that are watched for it.
+        self.deciders: dict[str, Any] = {}
+        self.joined: set[str] = set()
+        self.watched: tuple[str, ...] = ()
+
+    def _home(self, adapter: str) -> nn.Module | None:
+        block: nn.Module = self.__dict__["_block"]
+        return block
+
+    def attach(self, block: nn.Module) -> None:
+        """Watch the calls of ``block``, and take a seat in it."""
+        self.__dict__["_block"] = block  # no submodule: the block already holds this seat
+        setattr(block, BLOCK_SEAT, self)
+        self.handles.append(block.register_forward_pre_hook(self._enter))
+        self.handles.append(block.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, block: nn.Module, args: Any) -> None:
+        _block_call.set(_BlockCall(self, parent=_block_call.get()))
+
+    def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
+        call = _block_call.get()
+        if call is not None and call.block is self:
+            _block_call.set(call.parent)
+
+
+def block_decision(adapter: str, x: Tensor, layer_name: str, context: RoutingContext | None) -> Routing:
+    """The decision of the block that is being called, taken from ``x`` if it is the first to ask.
+
+    Args:
+        adapter: the adapter's name.
+        x: the asking layer's input, [B, T, I].
+        layer_name: for messages.
+        context: of the running call.
+
+    Raises:
+        PeftMoeError: no block is being called (its ``forward`` was called directly), or the asking
+            layer is the first and its input does not fit the block's router.
+    """
+    call = _block_call.get()
+    if call is None or adapter not in call.block.molora_router:
+        raise PeftMoeError(
+            f"{layer_name}: router_scope='block' found no running block; call the block itself, not its "
+            "`forward`, or use router_scope='module'"
+        )
+    key = (adapter, tuple(x.shape[:-1]))
+    if key not in call.decisions:
+        router: Router = call.block.molora_router[adapter]  # type: ignore[assignment]
+        if x.shape[-1] != router.in_features:
+            raise PeftMoeError(
+                f"{layer_name}: its input has {x.shape[-1]} features, the router of block "
+                f"{call.block.name} reads {router.in_features}; use router_scope='module'"
+            )
+        call.decisions[key] = take_decision(router, adapter, call.block.name, x, context)
+    return call.decisions[key]
+
+
+def take_decision(
+    router: Router, adapter: str, name: str, x: Tensor, context: RoutingContext | None
+) -> Routing:
+    """Ask a router of scope "module" or "block", or follow what it decided for the prompt.
+
+    Args:
+        router: of the module or block.
+        adapter: the adapter's name.
+        name: of the module or block.
+        x: its input, [B, T, I].
+        context: of the running call.
+    """
+    if (router.pools or router.runs) and context is not None:
+        routing = context.decide(adapter, name, lambda before: router(x, context, before=before))
+    else:
+        routing = router(x, context)
+    # What is kept is the router's own decision: later steps may allow something else.
+    if context is not None and adapter in context.limits:
+        routing = router.limited(routing, context.limits[adapter], context)
+    report(name, routing)
+    return routing
+
+
+def share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, Any]) -> None:
+    """Tell layers by name who their router is: gates that do not depend on the input can be merged there."""
+    routers = {seat.name: seat.molora_router[adapter] for seat in seats if adapter in seat.molora_router}
+    for name, layer in layers.items():
+        router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_SEAT)
+        layer.constant_routers[adapter] = router
+
+
+def named_routers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Router]]:
+    """Every router of an adapter, under the name by which its decisions are recorded."""
+    for module in model.modules():
+        if isinstance(module, MixtureLayer):
+            routers: Any = getattr(module, "molora_router", {})
+            if adapter in routers:
+                name = f"{MODEL_SEAT}.{adapter}" if module.name == MODEL_SEAT else module.name
+                yield name, routers[adapter]

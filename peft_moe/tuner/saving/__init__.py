@@ -1,0 +1,1 @@
+"""A mixture on disk: saving, loading, and the checks of a load."""
