@@ -45,14 +45,14 @@ test-slow: $(STAMP)
 # Ten thousand examples of every property, a thousand kills while saving, a hundred while training: hours.
 test-long: $(STAMP)
 	HYPOTHESIS_PROFILE=long PEFT_MOE_KILLS=1000 PEFT_MOE_KILLED_RUNS=34 \
-	$(BIN)/python -m pytest -n $(JOBS) tests/faults tests/unit/test_bad_inputs.py
+	$(BIN)/python -m pytest -n $(JOBS) tests/faults tests/experts/test_bad_inputs.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
 # A benchmark of broken arithmetic says nothing: without these tests there are no figures.
 bench: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) tests/unit/test_ops*.py tests/conformance/test_equalities.py
+	$(BIN)/python -m pytest -n $(JOBS) tests/ops tests/conformance/test_equalities.py
 	$(BIN)/python -m benchmarks.suite
 
 clean:

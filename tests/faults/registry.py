@@ -13,14 +13,14 @@ FAULTS = [
     *(f"D{number}" for number in range(1, 8)),
 ]
 
-_BAD = "unit/test_bad_inputs.py"
+_BAD = "experts/test_bad_inputs.py"
 _ROW = f"{_BAD}::test_refused_by_name_and_nothing_touched"
 _ANY_NAME = "faults/test_properties.py::test_any_name_of_an_expert_is_plain_or_refused"
-_OVER = "integration/test_integrity.py::test_another_mixture_under_the_same_name_is_refused"
-_READER = "unit/test_experts_reader.py"
+_OVER = "tuner/test_load_checks.py::test_another_mixture_under_the_same_name_is_refused"
+_READER = "experts/test_adapter.py"
 _ALONE = "faults/test_properties.py::test_each_expert_alone_is_peft_with_that_adapter"
-_NO_CODE = "unit/test_layering.py::test_no_code_from_data"
-_YAML = "unit/test_strict_yaml.py::test_refusals"
+_NO_CODE = "package/test_layering.py::test_no_code_from_data"
+_YAML = "io/test_strict_yaml.py::test_refusals"
 
 # Fault -> tests, with the case in brackets where a table holds it.
 NAMED: dict[str, list[str]] = {
@@ -50,12 +50,12 @@ NAMED: dict[str, list[str]] = {
     "A25": [f"{_ROW}[lora_alpha nan]", f"{_ROW}[lora_alpha -4]", f"{_ROW}[lora_alpha '16']"],
     "A26": [f"{_ROW}[r 0]", f"{_ROW}[r huge]", f"{_BAD}::test_a_rank_in_the_config_must_be_that_of_the_file"],
     "A27": ["faults/test_properties.py::test_any_flipped_bit_of_a_payload_is_caught"],
-    "B2": [_ALONE, "unit/test_config.py::test_warned_combination[one expert]"],
-    "B5": ["unit/test_config.py::test_names_of_experts"],
+    "B2": [_ALONE, "tuner/test_config.py::test_warned_combination[one expert]"],
+    "B5": ["tuner/test_config.py::test_names_of_experts"],
     "B6": [f"{_READER}::test_good_names_pass"],
     "B7": [
         f"{_ROW}[path part q_proj]",
-        "integration/test_peft_lifecycle.py::test_adapter_names_that_peft_could_not_save_are_refused[layers]",
+        "tuner/test_peft_lifecycle.py::test_adapter_names_that_peft_could_not_save_are_refused[layers]",
         "faults/test_crashes.py::test_what_is_written_is_read_back",
     ],
     "B8": [f"{_ROW}[name '/abs']"],
@@ -68,9 +68,9 @@ NAMED: dict[str, list[str]] = {
     "B15": ["faults/test_saved_mixtures.py::test_a_mixture_needs_none_of_the_adapters_it_was_made_from"],
     "B16": ["faults/test_registry.py::test_a_config_asks_for_nothing_that_the_base_says"],
     "B17": ["faults/test_registry.py::test_documents_say_what_to_import_first"],
-    "B19": ["unit/test_config.py::test_a_field_of_the_future_is_left_out_with_a_warning"],
+    "B19": ["tuner/test_config.py::test_a_field_of_the_future_is_left_out_with_a_warning"],
     "B20": ["faults/test_golden_mixtures.py::test_it_loads_and_computes_what_it_did"],
-    "B21": ["unit/test_config.py::test_bytes_do_not_depend_on_hashing"],
+    "B21": ["tuner/test_config.py::test_bytes_do_not_depend_on_hashing"],
     "C1": ["faults/test_properties.py::test_a_cut_anywhere_is_refused_by_the_name_of_the_file"],
     "C3": [f"{_ROW}[pickle only]", f"{_BAD}::test_pickle_only_on_the_hub"],
     "C4": ["faults/test_saved_mixtures.py::test_a_refused_load_leaves_the_base_ready_for_a_good_one"],
@@ -89,22 +89,22 @@ NAMED: dict[str, list[str]] = {
         "faults/test_killed_training.py::test_a_torn_checkpoint_is_passed_over",
     ],
     "C9": ["faults/test_killed_training.py::test_a_named_checkpoint_that_would_be_another_run_is_refused"],
-    "C10": ["integration/test_router_training.py::test_resuming_is_exact_to_the_bit"],
+    "C10": ["training/test_router_mixin.py::test_resuming_is_exact_to_the_bit"],
     "C11": [f"{_BAD}::test_hub_id_offline_says_so"],
     "C12": [
-        "integration/test_peft_lifecycle.py::test_64_experts_of_ranks_1_to_16_in_one_mixture",
+        "tuner/test_peft_lifecycle.py::test_64_experts_of_ranks_1_to_16_in_one_mixture",
         f"{_READER}::test_opening_reads_no_values_when_a_header_is_wrong",
         f"{_READER}::test_values_are_checked_one_tensor_at_a_time",
     ],
     "C13": ["faults/test_properties.py::test_a_folder_is_replaced_as_a_whole_or_not_at_all"],
     "D1": ["faults/test_saved_mixtures.py::test_nothing_that_a_config_names_is_imported"],
     "D2": ["faults/test_saved_mixtures.py::test_nothing_that_a_config_names_is_imported"],
-    "D3": [_NO_CODE, "unit/test_layering.py::test_the_scan_sees_it[f(trust_remote_code=True)]"],
-    "D4": [_NO_CODE, "unit/test_layering.py::test_the_scan_sees_it[torch.load(p)]"],
+    "D3": [_NO_CODE, "package/test_layering.py::test_the_scan_sees_it[f(trust_remote_code=True)]"],
+    "D4": [_NO_CODE, "package/test_layering.py::test_the_scan_sees_it[torch.load(p)]"],
     "D5": [f"{_YAML}[a: !!python/object/apply:os.system [ls]]"],
     "D6": [f"{_YAML}[no: 1]", f"{_YAML}[a: 1_0]"],
     "D7": [
-        "unit/test_extract.py::test_places_that_are_not_written_to",
+        "experts/test_extraction.py::test_places_that_are_not_written_to",
         "faults/test_crashes.py::test_places_that_are_not_replaced",
     ],
 }  # fmt: skip

@@ -188,7 +188,7 @@ REFUSALS = {
     "base_precision",
     "base_fingerprint",
     "verify_experts",
-    "weights_digest",  # in tests/integration/test_integrity.py, as the one before
+    "weights_digest",  # in tests/tuner/test_load_checks.py, as the one before
 }
 OURS = {f.name for f in dataclasses.fields(MoLoraConfig) if f.init} - {
     f.name for f in dataclasses.fields(PeftConfig)

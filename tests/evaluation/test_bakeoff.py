@@ -114,7 +114,7 @@ def test_the_oracle_is_each_domains_own_expert_and_beats_the_base(folder: Path) 
 
 def test_pefts_cat_merge_scores_as_the_uniform_mixture(folder: Path) -> None:
     # The demo's adapters are bfloat16. PEFT widens them, the mixture runs in their dtype: 8 bits of mantissa
-    # in 42 layers. With float32 adapters the two agree to 1e-5 (tests/unit/test_bakeoff_models.py).
+    # in 42 layers. With float32 adapters the two agree to 1e-5 (tests/evaluation/test_bakeoff_models.py).
     assert losses(folder, "merge-cat-mean-0") == pytest.approx(losses(folder, "uniform-0"), rel=0.03)
     assert losses(folder, "uniform-0") != pytest.approx(losses(folder, "base-0"), rel=0.1)
 
