@@ -28,7 +28,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_moe.ops import FORMS, Operands, RankMap, facts_of
+from peft_moe.ops import BACKENDS, MixInputs, RankMap, call_spec_of
 from peft_moe.ops.device_costs import DEVICES, Constants, Kernel, constants_for
 
 K = 2
@@ -86,16 +86,16 @@ class Timed:
             self.choices.append((ids.to(device), weights.softmax(-1).to(device)))
         self.call = 0
 
-    def operands(self) -> Operands:
+    def operands(self) -> MixInputs:
         self.call += 1
         ids, weights = self.choices[self.call % ROUTINGS]
         base = functional.linear(self.x, self.W)
-        return Operands(self.x, self.A, self.B, weights, self.ranks, base, ids, weights, False)
+        return MixInputs(self.x, self.A, self.B, weights, self.ranks, base, ids, weights, False)
 
     def seconds(self, names: list[str], clock: Callable[[Callable[[], object]], float]) -> dict[str, float]:
         """Median of what each form adds to the base layer of the same round."""
         runs: dict[str, Callable[[], object]] = {"base": self.operands}
-        runs |= {name: lambda f=FORMS[name]: f.mix(self.operands()) for name in names}
+        runs |= {name: lambda f=BACKENDS[name]: f.mix(self.operands()) for name in names}
         for run in runs.values():
             for _ in range(ROUTINGS):
                 run()
@@ -139,15 +139,15 @@ def terms(name: str, facts, known: Constants) -> list[float]:
     none = replace(
         known, passes=0.0, per_rank=0.0, launch=0.0, segment=0.0, sort=0.0, weight_bandwidth=1e30, kernels={}
     )
-    bare = FORMS[name].cost(facts, none)
+    bare = BACKENDS[name].cost(facts, none)
     unit = {"passes": 1.0, "per_rank": 1e-9, "launch": 1e-6, "segment": 1e-6, "sort": 1e-6}
     one = [
-        (FORMS[name].cost(facts, replace(none, **{key: unit[key]})) - bare) / unit[key]
+        (BACKENDS[name].cost(facts, replace(none, **{key: unit[key]})) - bare) / unit[key]
         for key in PARTS[name]
         if key != "weight_bandwidth"
     ]
     if "weight_bandwidth" in PARTS[name]:
-        one.append((FORMS[name].cost(facts, replace(none, weight_bandwidth=1e9)) - bare) * 1e9)
+        one.append((BACKENDS[name].cost(facts, replace(none, weight_bandwidth=1e9)) - bare) * 1e9)
     return [bare, *one]
 
 
@@ -191,7 +191,7 @@ def kernels(cases: list[tuple[object, dict[str, float]]], known: Constants) -> d
             won.append((tokens, facts, seconds[name]))
         if won:
             bare = replace(known, kernels={name: Kernel(0, False, 0.0, 1.0)})
-            launch = statistics.median(s - FORMS[name].cost(f, bare) for _, f, s in won)
+            launch = statistics.median(s - BACKENDS[name].cost(f, bare) for _, f, s in won)
             found[name] = Kernel(min(t for t, _, _ in won), False, max(launch, 0.0), 1.0)
     return found
 
@@ -206,9 +206,9 @@ def calibrate(dtype: torch.dtype, device: str, shapes: list[Shape], say=print) -
     with torch.no_grad():
         for shape in shapes:
             timed = Timed(shape, dtype, device)
-            facts = facts_of(timed.operands())
-            names = [n for n in (*FITTED, *KERNELS) if FORMS[n].supports(facts) is None]
-            if FORMS["gather"].cost(facts, known) < math.inf:
+            facts = call_spec_of(timed.operands())
+            names = [n for n in (*FITTED, *KERNELS) if BACKENDS[n].supports(facts) is None]
+            if BACKENDS["gather"].cost(facts, known) < math.inf:
                 names.append("gather")  # of the same constants
             cases.append((facts, timed.seconds(names, clock)))
     for name in FITTED:
@@ -222,9 +222,9 @@ def calibrate(dtype: torch.dtype, device: str, shapes: list[Shape], say=print) -
     for shape, (facts, seconds) in zip(shapes, cases, strict=True):
         cells = [f"{shape.tokens}, {shape.width}x{shape.out}, {shape.experts}x{shape.rank}"]
         cells.append(", ".join(f"{n} {1e6 * s:.0f}" for n, s in seconds.items()))
-        cells.append(", ".join(f"{n} {1e6 * FORMS[n].cost(facts, known):.0f}" for n in seconds))
+        cells.append(", ".join(f"{n} {1e6 * BACKENDS[n].cost(facts, known):.0f}" for n in seconds))
         for constants in (known, shipped):
-            chosen = min(seconds, key=lambda n: FORMS[n].cost(facts, constants))
+            chosen = min(seconds, key=lambda n: BACKENDS[n].cost(facts, constants))
             cells.append(f"{chosen} {seconds[chosen] / min(seconds.values()):.2f}")
         say("| " + " | ".join(cells) + " |")
     return known

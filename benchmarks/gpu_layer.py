@@ -39,8 +39,8 @@ except Exception as error:  # the arithmetic needs torch and Triton only
 
 from support.mixtures import distance, draw_mixture  # noqa: E402
 
-from peft_moe.ops import FORMS, RankMap, choose, facts_of  # noqa: E402
-from peft_moe.ops.backend import Operands  # noqa: E402
+from peft_moe.ops import BACKENDS, RankMap, call_spec_of, choose  # noqa: E402
+from peft_moe.ops.backend import MixInputs  # noqa: E402
 
 K = 2
 BF16 = torch.bfloat16
@@ -88,9 +88,9 @@ class Case:
         self.gates = torch.zeros_like(scores).scatter(1, self.ids, self.weights)
         self.ranks = RankMap((rank,) * experts, (1.0,) * experts)
 
-    def operands(self, x: Tensor, weights: Tensor) -> Operands:
+    def operands(self, x: Tensor, weights: Tensor) -> MixInputs:
         base = functional.linear(x, self.W)
-        return Operands(x, self.A, self.B, weights, self.ranks, base, self.ids, weights)
+        return MixInputs(x, self.A, self.B, weights, self.ranks, base, self.ids, weights)
 
     def lora(self, rank: int) -> torch.nn.Module:
         """PEFT's own LoRA; what it does in eager mode, where PEFT is not there."""
@@ -126,9 +126,9 @@ def forward_variants(case: Case) -> dict[str, Callable[[], object]]:
     for name, rank in (("lora r", case.r), ("lora kr", K * case.r), ("lora Er", case.E * case.r)):
         model = case.lora(rank)
         found[name] = lambda m=model: m(case.x)
-    choice = choose(facts_of(case.operands(case.x, case.weights)))
+    choice = choose(call_spec_of(case.operands(case.x, case.weights)))
     for name in choice.costs:
-        found[name] = lambda f=FORMS[name]: f.mix(case.operands(case.x, case.weights))
+        found[name] = lambda f=BACKENDS[name]: f.mix(case.operands(case.x, case.weights))
     if case.E > 8:
         found.pop("reference", None)
     if case.tokens > 512:  # gigabytes of copied slabs
@@ -150,9 +150,9 @@ def training_variants(case: Case) -> dict[str, Callable[[], object]]:
         model = case.lora(rank)
         found[name] = lambda m=model: (backward(m(x)), m.zero_grad())
     with torch.enable_grad():
-        choice = choose(facts_of(case.operands(x, weights)))
+        choice = choose(call_spec_of(case.operands(x, weights)))
     for name in choice.costs:
-        found[name] = lambda f=FORMS[name]: backward(f.mix(case.operands(x, weights)))
+        found[name] = lambda f=BACKENDS[name]: backward(f.mix(case.operands(x, weights)))
     if case.E > 8:
         found.pop("reference", None)
     if case.tokens > 512:  # gigabytes of copied slabs
@@ -176,7 +176,7 @@ def time_case(case: Case, mode: str, peak: float, bandwidth: float) -> None:
     RESULTS["cases"].append({**row, "floor": floor, "auto": RESULTS["auto"], "us": times})
     base = times["base"]
     cells = " ".join(f"{name}:{us / base:.2f}" for name, us in times.items() if name != "base")
-    own = {n: us for n, us in times.items() if n in FORMS}
+    own = {n: us for n, us in times.items() if n in BACKENDS}
     if not own:
         return say(f"{mode} T{case.tokens}: no form ran")
     best = min(own, key=lambda n: own[n])
@@ -209,8 +209,8 @@ def parity() -> None:
             m = draw_mixture(tokens, 512, 384, (rank,) * experts, K, dtype=dtype, device="cuda")
             for train in (False, True):
                 x, weights = (t.clone().requires_grad_(train) for t in (m.x, m.weights))
-                given = Operands(x, m.a, m.b, weights, m.ranks, m.base, m.ids, weights)
-                for name in choose(facts_of(given)).costs:
+                given = MixInputs(x, m.a, m.b, weights, m.ranks, m.base, m.ids, weights)
+                for name in choose(call_spec_of(given)).costs:
                     bad += check_form(name, given, m, bound, train)
     say("parity:", "all forms agree with float64" if not bad else "; ".join(bad))
     # What is timed is bf16: a form that cannot do another dtype stays in.
@@ -218,13 +218,13 @@ def parity() -> None:
         line.split()[0] for line in bad if " bfloat16 " in line and not line.startswith("reference")
     }:
         RESULTS["errors"].append(f"not timed, wrong: {name}")
-        del FORMS[name]
+        del BACKENDS[name]
 
 
-def check_form(name: str, given: Operands, m: Any, bound: float, train: bool) -> list[str]:
+def check_form(name: str, given: MixInputs, m: Any, bound: float, train: bool) -> list[str]:
     what = f"{name} {str(m.x.dtype)[6:]} T{len(m.x)} E{len(m.ranks.ranks)} {'train' if train else 'forward'}"
     try:
-        out = FORMS[name].mix(given)
+        out = BACKENDS[name].mix(given)
         errors = [distance(out, m.wanted())]
         if train:
             direction = torch.randn_like(out)
@@ -367,7 +367,7 @@ def tiles_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
 
 def fit() -> None:
     """What the cost model would need here: seconds added to the layer, as multiples of its own terms."""
-    for name in FORMS:
+    for name in BACKENDS:
         rows, added = [], []
         for case in RESULTS["cases"]:
             if case["mode"] != "fwd" or name not in case["us"]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig
 from peft_moe.errors import PeftMoeError
-from peft_moe.ops import FORMS
+from peft_moe.ops import BACKENDS
 from peft_moe.routing.context import record_routing
 
 from .experts import Case, Experts, adapted, make_base
@@ -107,7 +107,7 @@ def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Con
 def backends() -> list[str]:
     """Ways to compute a mixture on a CPU that the config may ask for; gates to fold do not occur."""
     known = {entry.name for entry in dataclasses.fields(MoLoraConfig)}
-    usable = [name for name in FORMS if name != "folded" and not name.startswith("triton")]
+    usable = [name for name in BACKENDS if name != "folded" and not name.startswith("triton")]
     return usable if "backend" in known else []
 
 

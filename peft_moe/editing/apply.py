@@ -17,13 +17,13 @@ from ..experts.adapter import ExpertFile
 from ..routers import Router
 from ..tuner.config.mixture import MoLoraConfig
 from ..tuner.layers.expert_factors import ExpertPlan
-from ..tuner.layers.layer_groups import Depth
+from ..tuner.layers.layer_groups import LayerGroups
 from ..tuner.layers.linear import MoLoraLayer
 from ..tuner.layers.linear_like import as_linear
 from ..tuner.layers.meta_weights import real_weights
-from ..tuner.layers.shared_router import BLOCK_SEAT, MODEL_SEAT, SharedRouter, share_constant
+from ..tuner.layers.shared_router import BLOCK_ROUTER, MODEL_ROUTER, SharedRouter, share_constant
 from ..tuner.layers.tap import resolve_tap
-from ..tuner.model import seat_blocks
+from ..tuner.model import add_block_routers
 from .mixture import Edited, LiveMixture
 from .plan import Edit, moved_factor, ranks_after
 from .router_columns import Columns, column_axes, start_columns
@@ -45,7 +45,7 @@ class Editor(LiveMixture):
             return done
         if not config.router_bias_update_rate and self.seat.loss_fields.get(self.adapter) == _BIAS:
             del self.seat.loss_fields[self.adapter]  # nobody needs to move it any more
-        depth = Depth(self.config, self.inner)
+        depth = LayerGroups(self.config, self.inner)
         for name, layer in self.layers.items():
             after = ranks_after(edit, layer.rank_maps[self.adapter], name)
             if after.total == 0:
@@ -120,12 +120,12 @@ class Editor(LiveMixture):
             after[name].requires_grad_(parameter.requires_grad)
             done.changes.append((parameter, after[name], lambda v, name=name: columns.carry(name, v)))  # type: ignore[misc]
 
-    def _move_shared(self, edit: Edit, depth: Depth, init: str, done: Edited) -> None:
+    def _move_shared(self, edit: Edit, depth: LayerGroups, init: str, done: Edited) -> None:
         here = {name.rpartition(".")[0] for name in self.layers}
         for module in list(self.inner.modules()):
             if not isinstance(module, SharedRouter) or self.adapter not in module.molora_router:
                 continue
-            if module.name == MODEL_SEAT:
+            if module.name == MODEL_ROUTER:
                 self._move_router(module, self.config.router_settings(), edit, init, done)
             elif module.name in here:
                 first = next(n for n in self.layers if n.rpartition(".")[0] == module.name)
@@ -137,7 +137,7 @@ class Editor(LiveMixture):
                 _forget(module, self.adapter)
                 if not module.molora_router:
                     module.detach_hooks()
-                    delattr(self.inner.get_submodule(module.name), BLOCK_SEAT)
+                    delattr(self.inner.get_submodule(module.name), BLOCK_ROUTER)
 
     def _drop(self, layer: MoLoraLayer, done: Edited) -> None:
         done.dropped.append(layer.name)
@@ -150,7 +150,13 @@ class Editor(LiveMixture):
             setattr(self.inner.get_submodule(parent), child, layer.base_layer)
 
     def _inject(
-        self, wanted: list[str], edit: Edit, file: ExpertFile | None, init: str, depth: Depth, done: Edited
+        self,
+        wanted: list[str],
+        edit: Edit,
+        file: ExpertFile | None,
+        init: str,
+        depth: LayerGroups,
+        done: Edited,
     ) -> None:
         assert file is not None
         tap, stack = resolve_tap(self.config, self.inner)
@@ -170,7 +176,7 @@ class Editor(LiveMixture):
         if self.config.router_scope == "block":
             blocks = {n: m for n, m in layers.items() if not self._has_seat(n.rpartition(".")[0])}
             with _steady("blocks"), real_weights():
-                seats += seat_blocks(self.inner, self.adapter, depth, blocks)
+                seats += add_block_routers(self.inner, self.adapter, depth, blocks)
         for seat in seats:
             if self.adapter in seat.molora_router:
                 router = seat.molora_router[self.adapter]
@@ -185,7 +191,7 @@ class Editor(LiveMixture):
         done.injected = list(layers)
 
     def _has_seat(self, block: str) -> bool:
-        seat = getattr(self.inner.get_submodule(block), BLOCK_SEAT, None)
+        seat = getattr(self.inner.get_submodule(block), BLOCK_ROUTER, None)
         return seat is not None and self.adapter in seat.molora_router
 
 

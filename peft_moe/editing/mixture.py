@@ -18,7 +18,7 @@ from ..routers import Router
 from ..tuner.config.mixture import MoLoraConfig
 from ..tuner.layers.linear import MoLoraLayer
 from ..tuner.layers.model_router import ModelRouter
-from ..tuner.layers.shared_router import MODEL_SEAT, named_routers
+from ..tuner.layers.shared_router import MODEL_ROUTER, named_routers
 from ..tuner.layers.tap import resolve_tap
 from ..tuner.model import MoLoraModel
 from ..tuner.saving.expert_digests import expert_digests
@@ -60,7 +60,7 @@ class LiveMixture:
         self.adapter, self.config = _find(model, adapter_name)
         self.tuner: MoLoraModel = model.base_model  # type: ignore[assignment]
         self.inner: nn.Module = self.tuner.model
-        self.seat: ModelRouter = getattr(self.inner, MODEL_SEAT)
+        self.seat: ModelRouter = getattr(self.inner, MODEL_ROUTER)
         if self.config.mixing == "block":
             raise PeftMoeError(
                 "a mixture with mixing='block' is not edited in memory; save it, edit the folder (peft-moe "
@@ -72,7 +72,7 @@ class LiveMixture:
                 raise PeftMoeError(
                     "experts that are merged into the base cannot be edited; unmerge_adapter()"
                 )
-            if self.adapter in layer.awaited:
+            if self.adapter in layer.pending_weights:
                 layer._check_arrived(self.adapter)
 
     @property

@@ -21,7 +21,7 @@ from transformers import set_seed
 from ..errors import PeftMoeError
 from ..experts.tensor_checks import tensor_key
 from ..io.adapter_files import lora_fields, write_adapter
-from ..tuner.layers.shared_router import MODEL_SEAT
+from ..tuner.layers.shared_router import MODEL_ROUTER
 from .base_model import find_tokenizer, load_on_base, packed_files, take_along
 from .lora import Folded, beside, lora_card
 from .mixture_tensors import Mixture
@@ -210,7 +210,7 @@ def _without_mixture(teacher: PeftModel) -> nn.Module:
 
 def _by_module(mixture: Mixture, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gates of each module from those of the router that decides for it."""
-    model = f"{MODEL_SEAT}.{mixture.adapter}"
+    model = f"{MODEL_ROUTER}.{mixture.adapter}"
     found = {}
     for module in mixture.layers:
         known = (gates.get(name) for name in (module, module.rpartition(".")[0], model))

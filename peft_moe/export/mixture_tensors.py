@@ -26,7 +26,7 @@ from ..routing.controls import current_controls
 from ..tuner.config.mixture import MoLoraConfig
 from ..tuner.layers.layer_groups import layer_settings
 from ..tuner.layers.linear import MoLoraLayer
-from ..tuner.layers.shared_router import BLOCK_SEAT, MODEL_SEAT
+from ..tuner.layers.shared_router import BLOCK_ROUTER, MODEL_ROUTER
 from ..tuner.saving.expert_digests import Slab, slab_digest
 from ..tuner.saving.load_checks import compare_digests
 
@@ -119,8 +119,8 @@ class Mixture:
     def _router_prefix(self, module: str) -> str:
         seats = {
             "module": f"{module}.",
-            "block": f"{module.rpartition('.')[0]}.{BLOCK_SEAT}.",
-            "model": f"{MODEL_SEAT}.",
+            "block": f"{module.rpartition('.')[0]}.{BLOCK_ROUTER}.",
+            "model": f"{MODEL_ROUTER}.",
         }
         return f"{PREFIX}{seats[str(self.config.router_scope)]}molora_router."
 
@@ -192,7 +192,7 @@ def open_mixture(mixture: str | os.PathLike[str] | PeftModel, adapter: str | Non
             "the `with` block, and give `gates` for fixed ones"
         )
     for layer in mixture.modules():
-        if isinstance(layer, MoLoraLayer) and name in layer.awaited:
+        if isinstance(layer, MoLoraLayer) and name in layer.pending_weights:
             layer._check_arrived(name)
     tensors = get_peft_model_state_dict(mixture, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach() for key, value in tensors.items()}

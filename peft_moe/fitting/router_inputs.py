@@ -22,7 +22,7 @@ from ..tuner.config.mixture import MoLoraConfig
 from ..tuner.layers.linear import MoLoraLayer
 from ..tuner.layers.model_router import ModelRouter
 from ..tuner.layers.probe import TapReached, run_probe
-from ..tuner.layers.shared_router import MODEL_SEAT, BlockRouter
+from ..tuner.layers.shared_router import MODEL_ROUTER, BlockRouter
 from .samples import Batch, Row, batches
 
 Take = Callable[[str, Tensor, Tensor], None]
@@ -43,7 +43,7 @@ class InputReader:
 
     def __init__(self, model: nn.Module, adapter: str, config: MoLoraConfig, inputs: str) -> None:
         self.model, self.adapter, self.config, self.inputs = model, adapter, config, inputs
-        self.seat: ModelRouter = getattr(model, MODEL_SEAT)
+        self.seat: ModelRouter = getattr(model, MODEL_ROUTER)
         self.batch: Batch | None = None
         self.seen: set[str] = set()  # blocks whose first layer was called in this pass
 

@@ -38,11 +38,11 @@ class Inputs:
     def add(self, features_NI: Tensor, labels_N: Tensor) -> None:
         """Take in some rows; they may live on any device, and the sums move there."""
         self._to(features_NI.device)
-        wide_NI = features_NI.double()
+        fp32_NI = features_NI.double()
         self.counts += torch.bincount(labels_N, minlength=len(self.counts))
-        self.sums.index_add_(0, labels_N, wide_NI)
+        self.sums.index_add_(0, labels_N, fp32_NI)
         if self.gram is not None:
-            self.gram.addmm_(wide_NI.T, wide_NI)
+            self.gram.addmm_(fp32_NI.T, fp32_NI)
         if self.keep:
             self._sample(features_NI, labels_N)
 

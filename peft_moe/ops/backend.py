@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .device_costs import Constants
 
 
-class Operands(NamedTuple):
+class MixInputs(NamedTuple):
     """The tensors of one call; see :func:`peft_moe.ops.mix`."""
 
     x: Tensor  # [N, I]
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     base: Tensor  # [N, O]
     ids: Tensor | None  # [N, K] or [1, K]
     weights: Tensor | None  # as ids
-    abstains: bool = True  # whether "no expert" may be among the ids
+    may_select_null: bool = True  # whether "no expert" may be among the ids
     overwrite: bool = False  # whether the sum may take the place of ``base``
     wide: Tensor | None = None  # x in float32, where it is at hand
 
@@ -45,7 +45,7 @@ class Operands(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts:
+class CallSpec:
     """What is known of a call without looking at its numbers.
 
     Attributes:
@@ -76,28 +76,28 @@ class Facts:
         return self.in_features + self.out_features
 
 
-class Form(Protocol):
+class Backend(Protocol):
     """One way to compute a mixture."""
 
     name: str
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """None if it can serve such a call, else the reason why not, for the user to read."""
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """Predicted seconds that the mixture adds to the base layer and the router."""
 
-    def mix(self, operands: Operands) -> Tensor:
+    def mix(self, operands: MixInputs) -> Tensor:
         """The base's output plus the mixture's, [N, O], in the dtype of ``base_NO``."""
 
 
-FORMS: dict[str, Form] = {}
+BACKENDS: dict[str, Backend] = {}
 
 
-def register_form(form: Form) -> None:
+def register_backend(form: Backend) -> None:
     """Offer a form under its name; of two that cost the same, the one registered first is taken."""
-    assert form.name not in FORMS, form.name
-    FORMS[form.name] = form
+    assert form.name not in BACKENDS, form.name
+    BACKENDS[form.name] = form
 
 
 def product_dtype(x_NI: Tensor, A_RI: Tensor) -> torch.dtype:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import PeftMoeError, near_matches
-from .backend import FORMS, Facts, Form, Operands, product_dtype
+from .backend import BACKENDS, Backend, CallSpec, MixInputs, product_dtype
 from .device_costs import constants_for
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """What serves a kind of call, and why.
 
     Attributes:
@@ -28,7 +28,7 @@ class Choice:
         asked: the name that was asked for; None where the model chose.
     """
 
-    form: Form
+    form: Backend
     costs: dict[str, float]
     refused: dict[str, str]
     asked: str | None = None
@@ -48,18 +48,18 @@ def check_backend(name: str) -> None:
     Raises:
         PeftMoeError: with near matches.
     """
-    if not isinstance(name, str) or (name != "auto" and name not in FORMS):
-        raise PeftMoeError(f"backend={name!r} is not known.{near_matches(str(name), ['auto', *FORMS])}")
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
+        raise PeftMoeError(f"backend={name!r} is not known.{near_matches(str(name), ['auto', *BACKENDS])}")
 
 
-def facts_of(operands: Operands) -> Facts:
+def call_spec_of(operands: MixInputs) -> CallSpec:
     """What a call's tensors say of it, without their numbers."""
     x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = operands
     trains = set()
     if torch.is_grad_enabled():
         wanted = {"x": (x_NI,), "experts": (A_RI, B_RO), "gates": (gates,), "base": (base_NO,)}
         trains = {name for name, tensors in wanted.items() if any(t.requires_grad for t in tensors)}
-    return Facts(
+    return CallSpec(
         tokens=x_NI.shape[0],
         in_features=x_NI.shape[1],
         out_features=B_RO.shape[1],
@@ -73,7 +73,7 @@ def facts_of(operands: Operands) -> Facts:
     )
 
 
-def choose(facts: Facts, backend: str | None = None) -> Choice:
+def choose(facts: CallSpec, backend: str | None = None) -> BackendChoice:
     """The cheapest form for a call.
 
     Args:
@@ -86,20 +86,20 @@ def choose(facts: Facts, backend: str | None = None) -> Choice:
     constants = constants_for(facts.device, facts.dtype)
     if backend is not None and backend != "auto":
         check_backend(backend)
-        form = FORMS[backend]
+        form = BACKENDS[backend]
         reason = form.supports(facts)
         if reason is not None:
             raise PeftMoeError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
-        return Choice(form, {backend: form.cost(facts, constants)}, {}, backend)
+        return BackendChoice(form, {backend: form.cost(facts, constants)}, {}, backend)
     costs, refused = {}, {}
-    for name, form in FORMS.items():
+    for name, form in BACKENDS.items():
         reason = form.supports(facts)
         if reason is None:
             costs[name] = form.cost(facts, constants)
         else:
             refused[name] = reason
     costs = dict(sorted(costs.items(), key=lambda item: item[1]))
-    choice = Choice(FORMS[next(iter(costs))], costs, refused)
+    choice = BackendChoice(BACKENDS[next(iter(costs))], costs, refused)
     if not facts.compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d tokens, %s: %s", facts.tokens, facts.dtype, choice.explain())
     return choice

@@ -17,18 +17,18 @@ class Chosen:
     Args:
         ids_NK: chosen experts, distinct; E is "no expert".
         ranks: the segments of R.
-        abstains: whether "no expert" may be among them.
+        may_select_null: whether "no expert" may be among them.
     """
 
-    def __init__(self, ids_NK: Tensor, ranks: RankMap, abstains: bool) -> None:
-        self.ids_NK, self.ranks, self.abstains = ids_NK, ranks, abstains
+    def __init__(self, ids_NK: Tensor, ranks: RankMap, may_select_null: bool) -> None:
+        self.ids_NK, self.ranks, self.may_select_null = ids_NK, ranks, may_select_null
         experts = len(ranks.ranks)
         # Behind the last rank there is room for what belongs to no expert, and is cut off.
-        self._places = experts + abstains
+        self._places = experts + may_select_null
         if ranks.equal:
             # Whole rows move several times faster than elements. What "no expert" takes is not looked at.
             self._to = _grid_rows(ids_NK, self._places)
-            self._from = _grid_rows(ids_NK.clamp_max(experts - 1), experts) if abstains else self._to
+            self._from = _grid_rows(ids_NK.clamp_max(experts - 1), experts) if may_select_null else self._to
         else:
             self._to = ranks.rows(ids_NK.device)[ids_NK]
             self._from = self._to.clamp_max(ranks.total - 1)
@@ -49,13 +49,13 @@ class Chosen:
         """
         tokens, total = len(self.ids_NK), self.ranks.total
         if self.ranks.equal:
-            if room_NR is None or self.abstains:
+            if room_NR is None or self.may_select_null:
                 room_NR = values_NKW.new_zeros(tokens, self._places * self.ranks.width)
             else:
                 room_NR.zero_()
             by_expert = room_NR.view(-1, self.ranks.width)
             by_expert.index_copy_(0, self._to, values_NKW.reshape(-1, self.ranks.width))
-            return room_NR[:, :total] if self.abstains else room_NR
+            return room_NR[:, :total] if self.may_select_null else room_NR
         room_NR = values_NKW.new_zeros(tokens, total + 1)
         return room_NR.scatter(1, self._to.flatten(1), values_NKW.flatten(1))[:, :total]
 
@@ -69,7 +69,7 @@ class Chosen:
         """Scaled sums over the ranks of each chosen expert, [N, K]; 0 for "no expert"."""
         if self.ranks.equal:
             sums_NK = values_NKW.sum(-1)
-            if self.abstains:
+            if self.may_select_null:
                 sums_NK = sums_NK.masked_fill(self.ids_NK == len(self.ranks.ranks), 0.0)
         else:
             sums_NK = values_NKW.masked_fill(self._to == self.ranks.total, 0.0).sum(-1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import Operands
-from .choose import Choice, choose, facts_of
+from .backend import MixInputs
+from .choose import BackendChoice, call_spec_of, choose
 from .rank_map import RankMap
 
 # Kinds of calls whose choice a layer remembers; prompts come in many lengths.
@@ -26,10 +26,10 @@ def mix(
     *,
     expert_ids_NK: Tensor | None = None,
     weights_NK: Tensor | None = None,
-    abstains: bool = True,
+    may_select_null: bool = True,
     backend: str | None = None,
     overwrite: bool = False,
-    wide_NI: Tensor | None = None,
+    fp32_NI: Tensor | None = None,
 ) -> Tensor:
     """``base + Σ_e gate_e · scaling_e · (x Aₑᵀ) Bₑ``.
 
@@ -47,11 +47,11 @@ def mix(
         expert_ids_NK: where every token keeps K experts, their numbers, distinct; [N, K], or [1, K] where
             one row serves all tokens. E stands for "no expert". All other gates are zero.
         weights_NK: the gates of these, in the same shape; gradients for the gates go here then.
-        abstains: whether "no expert" may be among the chosen; False saves looking for it.
+        may_select_null: whether "no expert" may be among the chosen; False saves looking for it.
         backend: a form's name; None or "auto" takes the cheapest one.
         overwrite: the caller has no more use for ``base_NO``: where there is no graph, and the form can, the
             sum takes its place. Saves an [N, O] and a pass over it.
-        wide_NI: ``x_NI`` in float32, where it is at hand.
+        fp32_NI: ``x_NI`` in float32, where it is at hand.
 
     Returns:
         [N, O].
@@ -62,20 +62,20 @@ def mix(
     if ranks.total == 0 or x_NI.shape[0] == 0:
         return base_NO
     # A compiler decides by itself where a sum goes.
-    own = (overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling(), wide_NI)
+    own = (overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling(), fp32_NI)
     if weights_NK is None:
         assert gates_NE is not None, "gates for all experts, or the chosen ones"
-        operands = Operands(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False, *own)
+        operands = MixInputs(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False, *own)
     else:
         assert expert_ids_NK is not None, "weights of whom?"
-        chosen = (expert_ids_NK, weights_NK, abstains)
-        operands = Operands(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, *chosen, *own)
+        chosen = (expert_ids_NK, weights_NK, may_select_null)
+        operands = MixInputs(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, *chosen, *own)
     return _choice(operands, backend).form.mix(operands)
 
 
-def _choice(operands: Operands, backend: str | None) -> Choice:
+def _choice(operands: MixInputs, backend: str | None) -> BackendChoice:
     if torch.compiler.is_compiling():
-        return choose(facts_of(operands), backend)
+        return choose(call_spec_of(operands), backend)
     x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = operands
     device = x_NI.device.type
     grads = torch.is_grad_enabled() and (
@@ -89,9 +89,9 @@ def _choice(operands: Operands, backend: str | None) -> Choice:
         (x_NI.dtype, A_RI.dtype, device, torch.is_autocast_enabled(device)),
         (grads, backend),
     )
-    found: Choice | None = ranks.choices.get(key)
+    found: BackendChoice | None = ranks.choices.get(key)
     if found is None:
         if len(ranks.choices) >= _REMEMBERED:
             ranks.choices.clear()
-        found = ranks.choices[key] = choose(facts_of(operands), backend)
+        found = ranks.choices[key] = choose(call_spec_of(operands), backend)
     return found

@@ -170,7 +170,7 @@ def _with_mixture(skeleton: nn.Module, mixture: MoLoraConfig, dtype: torch.dtype
         model = get_peft_model(skeleton, planned, autocast_adapter_dtype=False)
     for module in model.modules():
         if isinstance(module, MoLoraLayer):
-            module.awaited.clear()
+            module.pending_weights.clear()
             for factors in (module.molora_A, module.molora_B):
                 factors.to(torch.float32 if planned.train_experts else stored or dtype)
     return model, [spec.name for spec in specs]

@@ -24,15 +24,15 @@ _FEW_ROWS = 16
 def widened(x_BTI: Tensor, normed: bool) -> Tensor:
     """What scorers see: in float32 or wider, divided by the root mean square where that is asked for."""
     # A float64 model gets float64 decisions; nothing gets fewer than 32 bits.
-    wide_BTI = x_BTI if x_BTI.dtype.itemsize >= 4 else x_BTI.to(torch.float32)
-    return functional.rms_norm(wide_BTI, (wide_BTI.shape[-1],)) if normed else wide_BTI
+    fp32_BTI = x_BTI if x_BTI.dtype.itemsize >= 4 else x_BTI.to(torch.float32)
+    return functional.rms_norm(fp32_BTI, (fp32_BTI.shape[-1],)) if normed else fp32_BTI
 
 
-def wide_linear(x: Tensor, weight_XI: Tensor, bias_X: Tensor | None, normed: bool) -> Tensor:
+def fp32_linear(x: Tensor, weight_XI: Tensor, bias_X: Tensor | None, normed: bool) -> Tensor:
     """``linear(widened(x))``, [..., I] to [..., X]; of the input, only ``x`` is kept for a backward pass."""
     if not torch.is_grad_enabled():
         return _scores(x, weight_XI, bias_X, normed)
-    out: Tensor = _WideLinear.apply(x, weight_XI, bias_X, normed)  # type: ignore[no-untyped-call]
+    out: Tensor = _Fp32Linear.apply(x, weight_XI, bias_X, normed)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -45,13 +45,13 @@ def _scores(x: Tensor, weight_XI: Tensor, bias_X: Tensor | None, normed: bool) -
         return functional.linear(widened(x, normed), weight_XI, bias_X)
     parts = []
     for part_NI in _parts(x):
-        wide_NI = widened(part_NI, normed)
+        fp32_NI = widened(part_NI, normed)
         if columns not in _FEW_COLUMNS:
-            parts.append(functional.linear(wide_NI, weight_XI, bias_X))
+            parts.append(functional.linear(fp32_NI, weight_XI, bias_X))
         elif bias_X is None:
-            parts.append((weight_XI @ wide_NI.T).T)
+            parts.append((weight_XI @ fp32_NI.T).T)
         else:
-            parts.append(torch.addmm(bias_X[:, None], weight_XI, wide_NI.T).T)
+            parts.append(torch.addmm(bias_X[:, None], weight_XI, fp32_NI.T).T)
     scores = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
     return scores.view(*x.shape[:-1], columns)
 
@@ -65,7 +65,7 @@ def _parts(x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(flat, max(_FEW_ROWS, rows // _FEW_ROWS * _FEW_ROWS))
 
 
-class _WideLinear(torch.autograd.Function):
+class _Fp32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_XI: Tensor, bias_X: Tensor | None, normed: bool) -> Tensor:
         ctx.save_for_backward(x, weight_XI)
@@ -83,15 +83,15 @@ class _WideLinear(torch.autograd.Function):
         dweight_XI = torch.zeros_like(weight_XI, dtype=dz.dtype) if for_weight else None
         given = zip(parts, dx_parts, torch.split(dz_NX, len(parts[0])), strict=True)
         for part_NI, dx_part_NI, dpart_NX in given if for_x or for_weight else ():
-            wide_NI = widened(part_NI, ctx.normed) if for_weight or ctx.normed else None
+            fp32_NI = widened(part_NI, ctx.normed) if for_weight or ctx.normed else None
             if dweight_XI is not None:
-                assert wide_NI is not None
-                dweight_XI.addmm_(dpart_NX.T, wide_NI)
+                assert fp32_NI is not None
+                dweight_XI.addmm_(dpart_NX.T, fp32_NI)
             if for_x:
                 dx_NI = dpart_NX @ weight_XI.to(dz.dtype)
                 if ctx.normed:
-                    assert wide_NI is not None
-                    dx_NI = _through_norm(dx_NI, wide_NI, part_NI)
+                    assert fp32_NI is not None
+                    dx_NI = _through_norm(dx_NI, fp32_NI, part_NI)
                 dx_part_NI.copy_(dx_NI)
         return (
             dx,
@@ -103,6 +103,6 @@ class _WideLinear(torch.autograd.Function):
 
 def _through_norm(df_NI: Tensor, f_NI: Tensor, x_NI: Tensor) -> Tensor:
     # f = x·ρ with ρ = (mean x² + ε)^-½, hence dx = ρ·(df - f·mean(df·f)).
-    wide_NI = x_NI.to(f_NI.dtype)
-    squares_N1 = wide_NI.square().mean(-1, keepdim=True) + torch.finfo(f_NI.dtype).eps
+    fp32_NI = x_NI.to(f_NI.dtype)
+    squares_N1 = fp32_NI.square().mean(-1, keepdim=True) + torch.finfo(f_NI.dtype).eps
     return squares_N1.rsqrt() * (df_NI - f_NI * (df_NI * f_NI).mean(-1, keepdim=True))

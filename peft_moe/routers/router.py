@@ -15,8 +15,8 @@ from ..errors import PeftMoeError
 from ..io.offload import read
 from ..routing.context import Routing, RoutingContext
 from ..routing.controls import NO_EXPERT, ROUTER, Limits
-from ..tuner.layers.cached_submodules import keep_at_hand
-from .fp32_linear import wide_linear, widened
+from ..tuner.layers.cached_submodules import cache_submodules
+from .fp32_linear import fp32_linear, widened
 from .pooling import pool_prompts, spread_turns
 from .running import running_features
 from .scorer import scorer_class
@@ -36,7 +36,7 @@ class Router(nn.Module):
         self.settings = settings
         self.in_features = in_features
         self.scorer = scorer_class(settings.scorer)(settings, in_features)
-        keep_at_hand(self, "scorer")
+        cache_submodules(self, "scorer")
         # Whether there is one decision per prompt, taken from its pooled hidden states; and whether decisions
         # start from the prompt and follow the text.
         self.pools = settings.granularity == "sequence" and self.reads_hidden
@@ -91,11 +91,11 @@ class Router(nn.Module):
     ) -> Routing:
         if self._scores_narrow(x, pool):
             own: Any = self.scorer
-            wide_BTI = None if context is None else context.widened(x)
-            read_BTI = x if wide_BTI is None else wide_BTI
+            fp32_BTI = None if context is None else context.widened(x)
+            read_BTI = x if fp32_BTI is None else fp32_BTI
             normed = self.settings.input_norm
             bias_X = None if getattr(own, "bias", None) is None else read(own, "bias")
-            logits_BTX = wide_linear(read_BTI, read(own), bias_X, normed)
+            logits_BTX = fp32_linear(read_BTI, read(own), bias_X, normed)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)
@@ -185,13 +185,13 @@ class Router(nn.Module):
 
         Fitting a router without gradients fits it on exactly this.
         """
-        wide_BTI = widened(x, self.settings.input_norm)
+        fp32_BTI = widened(x, self.settings.input_norm)
         if pool or self.pools:
-            wide_BTI = pool_prompts(wide_BTI, context or RoutingContext(), self.settings.pool)
+            fp32_BTI = pool_prompts(fp32_BTI, context or RoutingContext(), self.settings.pool)
         elif self.runs:
             settings, known = self.settings, context or RoutingContext()
-            wide_BTI = running_features(wide_BTI, known, settings.pool, settings.window, before)
-        return wide_BTI
+            fp32_BTI = running_features(fp32_BTI, known, settings.pool, settings.window, before)
+        return fp32_BTI
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Follow the model to another device, but not to a narrower dtype."""

@@ -151,7 +151,7 @@ def _keep_k(
         expert_weights=kept_BTK,
         experts=settings.num_experts,
         columns=columns,
-        abstains=settings.null_expert,
+        may_select_null=settings.null_expert,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from .context_var import Slot
 from .controls import Limits
 from .decision import Routing
-from .upcast import WideCopy
+from .upcast import UpcastCache
 
 __all__ = [
     "Routing",
@@ -85,13 +85,13 @@ class RoutingContext:
     probing: bool = False
     probe_until: Any = None
     probe_caches: dict[str, Any] = field(default_factory=dict)
-    wide: WideCopy | None = None
+    wide: UpcastCache | None = None
     parent: RoutingContext | None = None
 
     def widened(self, x: Tensor) -> Tensor | None:
         """``x`` in float32, where that is kept for the next layer; else None."""
         if self.wide is None:  # made here, where no compiler traces
-            self.wide = WideCopy()
+            self.wide = UpcastCache()
         return self.wide.make(x)
 
     def decide(self, adapter: str, name: str, take: Callable[[Tensor | None], Routing]) -> Routing:

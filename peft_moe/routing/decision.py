@@ -24,7 +24,7 @@ class Routing:
         expert_ids: where every token keeps equally many experts, which ones, long [B|1, T|1, K]: distinct,
             in no order, experts that are always on among them. E stands for "no expert" (the null expert).
         expert_weights: their gates, [B|1, T|1, K]; 0 for "no expert". All other gates are zero.
-        abstains: whether "no expert" may be among them.
+        may_select_null: whether "no expert" may be among them.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class Routing:
         *,
         experts: int = 0,
         columns: int = 0,
-        abstains: bool = True,
+        may_select_null: bool = True,
     ) -> None:
         """Of a sparse decision that comes without ``gates``, ``experts`` is E.
 
         Where ``expert_ids`` are the numbers of the kept columns as well, ``columns`` is X, and ``selected``
-        is made from them. ``abstains`` says whether "no expert" may be among them.
+        is made from them. ``may_select_null`` says whether "no expert" may be among them.
         """
         self.logits, self.running = logits, running
         self.expert_ids, self.expert_weights = expert_ids, expert_weights
         self._experts = experts if gates is None else gates.shape[-1]
-        self._columns, self.abstains = columns, abstains
+        self._columns, self.may_select_null = columns, may_select_null
         self._gates, self._selected = gates, selected
 
     @property
@@ -92,14 +92,19 @@ class Routing:
             "expert_weights": self.expert_weights,
         }
         return Routing(
-            **{**held, **changes}, experts=self._experts, columns=self._columns, abstains=self.abstains
+            **{**held, **changes},
+            experts=self._experts,
+            columns=self._columns,
+            may_select_null=self.may_select_null,
         )
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Routing:
         """The same decision with ``move`` applied to each of its tensors, along B and T."""
         made = (self._gates, self.logits, self._selected, self.running, self.expert_ids, self.expert_weights)
         moved = (None if t is None else move(t) for t in made)
-        return Routing(*moved, experts=self._experts, columns=self._columns, abstains=self.abstains)
+        return Routing(
+            *moved, experts=self._experts, columns=self._columns, may_select_null=self.may_select_null
+        )
 
     def bare(self) -> Routing:
         """Only what the layers need of it."""
@@ -109,7 +114,7 @@ class Routing:
             expert_ids=self.expert_ids,
             expert_weights=self.expert_weights,
             experts=self._experts,
-            abstains=self.abstains,
+            may_select_null=self.may_select_null,
         )
 
     def detach(self) -> Routing:

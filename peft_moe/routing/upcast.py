@@ -13,7 +13,7 @@ from torch import Tensor
 PART_BYTES = 2**20
 
 
-class WideCopy:
+class UpcastCache:
     """The small input that was widened last: queries, keys and values are made from the same one.
 
     It is known by its identity and by the count of its changes in place; nothing keeps it alive.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops import Facts, RankMap, choose
+from ..ops import CallSpec, RankMap, choose
 from .config.mixture import MoLoraConfig
 
 
@@ -23,7 +23,7 @@ def refuse_unfit_backend(config: MoLoraConfig, model: nn.Module) -> None:
     settings = config.router_settings()
     chooses = settings.is_sparse and settings.topk_method == "greedy"
     experts = settings.num_experts
-    facts = Facts(
+    facts = CallSpec(
         tokens=1,
         in_features=16,
         out_features=16,

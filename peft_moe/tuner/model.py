@@ -23,26 +23,26 @@ from .config.mixture import MoLoraConfig
 from .four_bit import keep_unpacked
 from .layers.controlled_model import Controlled
 from .layers.expert_factors import plan_experts
-from .layers.feed_forward import find_blocks, member_of, seat_feed_forwards
+from .layers.feed_forward import add_feed_forward_routers, find_blocks, member_of
 from .layers.find_feed_forward import FeedForward
-from .layers.layer_groups import Depth
+from .layers.layer_groups import LayerGroups
 from .layers.linear import MoLoraLayer
 from .layers.merging import requantised
 from .layers.meta_weights import real_weights
 from .layers.model_router import ModelRouter
 from .layers.scope import Decider
 from .layers.shared_router import (
-    BLOCK_SEAT,
-    MODEL_SEAT,
+    BLOCK_ROUTER,
+    MODEL_ROUTER,
     BlockRouter,
     MixtureLayer,
     SharedRouter,
     share_constant,
 )
 from .layers.tap import Tap, resolve_tap
-from .saving.base_identity import note_base
-from .saving.base_precision import note_precision
-from .saving.load_checks import check_load, note_experts
+from .saving.base_identity import record_base
+from .saving.base_precision import record_base_precision
+from .saving.load_checks import check_load, record_expert_digests
 from .saving.snapshot import Snapshot
 
 
@@ -77,11 +77,11 @@ class MoLoraModel(Controlled, BaseTuner):
             self.peft_config[adapter_name] = config
         _check_adapter_name(adapter_name, model)
         before = Snapshot(model)
-        note_base(config, model)
+        record_base(config, model)
         keep_unpacked(model, trains=not config.inference_mode)
-        note_precision(config, model)
+        record_base_precision(config, model)
         tap, stack = resolve_tap(config, model)
-        depth = Depth(config, model)
+        depth = LayerGroups(config, model)
         refuse_unfit_backend(config, model)
         plan = plan_experts(config, model)
         blocks = find_blocks(config, model, plan)
@@ -98,7 +98,7 @@ class MoLoraModel(Controlled, BaseTuner):
                 self.__dict__.pop("_injection", None)
                 plan.close()
             self._seat_routers(model, adapter_name, config, tap, depth, blocks)
-        note_experts(model, getattr(model, MODEL_SEAT), adapter_name, config, plan, before)
+        record_expert_digests(model, getattr(model, MODEL_ROUTER), adapter_name, config, plan, before)
 
     def _create_and_replace(
         self,
@@ -136,8 +136,8 @@ class MoLoraModel(Controlled, BaseTuner):
             member=member,
             backend=peft_config.backend,
         )
-        if plan.awaited or layer.molora_A[adapter_name].weight.is_meta:
-            layer.awaited.add(adapter_name)
+        if plan.pending_weights or layer.molora_A[adapter_name].weight.is_meta:
+            layer.pending_weights.add(adapter_name)
         elif router is not None:
             router.scorer.read_experts(A_RI, B_RO, rank_map.ranks, rank_map.scaling)
         # To the base layer's device, never to its dtype: experts keep theirs, routers float32.
@@ -159,14 +159,14 @@ class MoLoraModel(Controlled, BaseTuner):
         adapter: str,
         config: MoLoraConfig,
         tap: Tap | None,
-        depth: Depth,
+        depth: LayerGroups,
         blocks: dict[str, FeedForward],
     ) -> None:
         # Only now: a seat that exists before the first injection makes PEFT leave the base trainable.
-        seat = getattr(model, MODEL_SEAT, None)
+        seat = getattr(model, MODEL_ROUTER, None)
         if seat is None:
             seat = ModelRouter(model)
-            setattr(model, MODEL_SEAT, seat)
+            setattr(model, MODEL_ROUTER, seat)
         seat.mixtures[adapter] = config
         further = ("expert_orthogonality_coef", "distillation_coef", "router_bias_update_rate")
         wanted = [*active_losses(config), *(name for name in further if getattr(config, name))]
@@ -179,10 +179,10 @@ class MoLoraModel(Controlled, BaseTuner):
         if tap is not None:
             width = _hidden_size(model, layers)
             seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
-        seats += seat_feed_forwards(model, adapter, depth, layers, blocks)
+        seats += add_feed_forward_routers(model, adapter, depth, layers, blocks)
         if config.router_scope == "block":
             others = {name: layer for name, layer in layers.items() if adapter not in layer.members}
-            seats += seat_blocks(model, adapter, depth, others)
+            seats += add_block_routers(model, adapter, depth, others)
         if config.router_granularity != "token" or config.router_below_tap == "prompt":
             seat.per_prompt.add(adapter)
         if config.router_granularity == "running":
@@ -217,7 +217,7 @@ class MoLoraModel(Controlled, BaseTuner):
         names = kwargs.get("adapter_names")
         # PEFT enters this around one forward pass or one whole generation. A decision per prompt holds for
         # all of it, also where no KV cache carries it along.
-        seat: ModelRouter = getattr(self.model, MODEL_SEAT)
+        seat: ModelRouter = getattr(self.model, MODEL_ROUTER)
         outer = seat.pinned, seat.given
         seat.pinned, seat.given = {}, given_shape(args, kwargs)
         try:
@@ -244,7 +244,7 @@ class MoLoraModel(Controlled, BaseTuner):
         with requantised(layers, self.model):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
-            for seat in (MODEL_SEAT, BLOCK_SEAT):
+            for seat in (MODEL_ROUTER, BLOCK_ROUTER):
                 if isinstance(getattr(module, seat, None), SharedRouter):
                     getattr(module, seat).detach_hooks()
                     delattr(module, seat)
@@ -278,8 +278,8 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
         )
 
 
-def seat_blocks(
-    model: nn.Module, adapter: str, depth: Depth, layers: dict[str, MoLoraLayer]
+def add_block_routers(
+    model: nn.Module, adapter: str, depth: LayerGroups, layers: dict[str, MoLoraLayer]
 ) -> list[SharedRouter]:
     """Give each block of these layers a router, which reads what the first of them reads."""
     seats: dict[str, SharedRouter] = {}
@@ -288,7 +288,7 @@ def seat_blocks(
         if block_name in seats:
             continue
         block = model.get_submodule(block_name)
-        seat = getattr(block, BLOCK_SEAT, None)
+        seat = getattr(block, BLOCK_ROUTER, None)
         if seat is None:
             seat = BlockRouter(block_name)
             seat.attach(block)

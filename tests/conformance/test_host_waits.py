@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_moe import use_experts
-from peft_moe.ops import FORMS, Facts, RankMap
+from peft_moe.ops import BACKENDS, CallSpec, RankMap
 from peft_moe.routers import Router
 
 WAITS = {
@@ -123,8 +123,8 @@ def test_the_form_that_counts_is_refused_where_it_would_wait(zoo: Zoo) -> None:
     facts = {"tokens": 64, "in_features": 64, "out_features": 64, "chosen": 2, "one_row": False}
     facts |= {"dtype": torch.float32, "trains": frozenset(), "compiling": False}
     ranks = RankMap((8,) * 4, (1.0,) * 4)
-    assert FORMS[COUNTS].supports(Facts(ranks=ranks, device="cpu", **facts)) is None
-    reason = FORMS[COUNTS].supports(Facts(ranks=ranks, device="cuda", **facts))
+    assert BACKENDS[COUNTS].supports(CallSpec(ranks=ranks, device="cpu", **facts)) is None
+    reason = BACKENDS[COUNTS].supports(CallSpec(ranks=ranks, device="cuda", **facts))
     assert "wait for the host" in str(reason)
 
 

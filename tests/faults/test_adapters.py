@@ -1,7 +1,7 @@
 """Section A: an adapter that cannot be an expert, or a base that is not its own, through ``get_peft_model``.
 
 The rows of single files are in tests/experts/test_bad_inputs.py, against the reader alone. Here the whole
-way is gone, and every field of PEFT's ``LoraConfig`` has a case: a new one fails until somebody decides about it.
+way is gone. Every field of PEFT's ``LoraConfig`` has a case: a new one fails until somebody decides about it.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.mixtures import Mixture, distance, draw_mixture, poisoned
 
-from peft_moe.ops import FORMS, choose, facts_of, mix
-from peft_moe.ops.backend import Operands
+from peft_moe.ops import BACKENDS, call_spec_of, choose, mix
+from peft_moe.ops.backend import MixInputs
 
 # float32 sums of 384 products; bf16 and fp16 round h, the partial sums and y: 2^-9 and 2^-12 each, 4 times.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -46,10 +46,10 @@ def test_forward(form, tokens, width, out, ranks, chosen, dtype):
 
 
 def skip_unless_served(m: Mixture, form: str, trains: bool = False) -> None:
-    if form not in FORMS:
+    if form not in BACKENDS:
         pytest.skip("there is no such form yet")
     weights = m.weights.clone().requires_grad_(trains)
-    facts = facts_of(Operands(m.x, m.a, m.b, m.dense, m.ranks, m.base, m.ids, weights))
+    facts = call_spec_of(MixInputs(m.x, m.a, m.b, m.dense, m.ranks, m.base, m.ids, weights))
     reason = choose(facts).refused.get(form)
     if reason:
         pytest.skip(reason)

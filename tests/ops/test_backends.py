@@ -11,7 +11,7 @@ from support.mixtures import Mixture, distance, draw_mixture, poisoned
 from torch import Tensor
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.ops import FORMS, mix
+from peft_moe.ops import BACKENDS, mix
 from peft_moe.ops.token_groups import group
 
 CHOSEN_FORMS = ["stacked", "grouped", "gather"]
@@ -182,7 +182,7 @@ def test_autocast_multiplies_narrow_and_leaves_the_base_dtype(form):
     assert 1e-5 < distance(out, m.wanted()) <= 5 * 2**-8
 
 
-@pytest.mark.parametrize("form", [name for name in FORMS if "triton" not in name])
+@pytest.mark.parametrize("form", [name for name in BACKENDS if "triton" not in name])
 def test_a_second_derivative_is_right_or_refused(form):
     m = draw(7, 8, 8, (4,) * 3, 2, dtype=torch.float64, none=False)
     gates = m.weights[:1] if form == "folded" else m.weights

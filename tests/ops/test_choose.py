@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.ops import FORMS, Facts, RankMap, choose
+from peft_moe.ops import BACKENDS, CallSpec, RankMap, choose
 from peft_moe.ops import device_costs as constants_file
 from peft_moe.ops.device_costs import DEVICES, SHIPPED, constants_for, read_devices
 from peft_moe.ops.triton import backends as triton_forms
@@ -20,7 +20,7 @@ from peft_moe.ops.triton import backends as triton_forms
 H100 = "NVIDIA H100 80GB HBM3"
 PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-h100-layer.md"
 BF16 = torch.bfloat16
-TRITON = [name for name in FORMS if name.startswith("triton")]
+TRITON = [name for name in BACKENDS if name.startswith("triton")]
 MICRO = 1e-6
 
 
@@ -28,7 +28,7 @@ def facts(tokens=512, experts=8, rank=16, chosen=2, size=1024, **changes):
     known = {"device": "cpu", "trains": frozenset(), "compiling": False, "one_row": False, "dtype": BF16}
     width, out = size if isinstance(size, tuple) else (size, size)
     ranks = RankMap((rank,) * experts, (1.0,) * experts)
-    return Facts(
+    return CallSpec(
         tokens=tokens, in_features=width, out_features=out, ranks=ranks, chosen=chosen, **{**known, **changes}
     )
 

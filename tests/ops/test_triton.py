@@ -14,8 +14,8 @@ import torch
 from support.mixtures import draw_mixture
 
 from peft_moe.errors import PeftMoeError
-from peft_moe.ops import FORMS, choose, facts_of, mix
-from peft_moe.ops.backend import Operands
+from peft_moe.ops import BACKENDS, call_spec_of, choose, mix
+from peft_moe.ops.backend import MixInputs
 from peft_moe.ops.triton.backends import _missing
 
 TRITON = ["triton_stacked", "triton_sorted", "triton_gather"]
@@ -24,7 +24,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 def operands(m, gates=None):
     sparse = (m.ids, m.weights) if gates is None else (None, None)
-    return Operands(m.x, m.a, m.b, m.dense if gates is None else gates, m.ranks, m.base, *sparse)
+    return MixInputs(m.x, m.a, m.b, m.dense if gates is None else gates, m.ranks, m.base, *sparse)
 
 
 @pytest.mark.skipif(
@@ -43,7 +43,7 @@ def test_every_kernel_in_the_interpreter():
 @pytest.mark.parametrize("name", TRITON)
 class TestWithoutGpu:
     def test_the_reason_is_given_and_auto_takes_another(self, name):
-        facts = facts_of(operands(draw_mixture(4, 16, 16, (4, 4), 1)))
+        facts = call_spec_of(operands(draw_mixture(4, 16, 16, (4, 4), 1)))
         choice = choose(facts)
         assert choice.form.name not in TRITON
         assert "these tensors are on cpu" in choice.refused[name]
@@ -56,7 +56,7 @@ class TestWithoutGpu:
 
 def on_cuda(m, *, gates=None, trains=(), **changes):
     """What the chooser would be told of such a call on a GPU."""
-    facts = facts_of(operands(m, gates))
+    facts = call_spec_of(operands(m, gates))
     return type(facts)(**{**vars(facts), "device": "cuda", "trains": frozenset(trains), **changes})
 
 
@@ -81,7 +81,7 @@ def test_what_a_gpu_could_not_serve(name, facts, reason):
     facts = dict(facts)
     m = draw_mixture(4, 16, 16, facts.pop("ranks", (4, 4)), 1)
     gates = m.dense if facts.pop("gates", False) else None
-    found = FORMS[name].supports(on_cuda(m, gates=gates, **facts))
+    found = BACKENDS[name].supports(on_cuda(m, gates=gates, **facts))
     assert found is not None
     assert reason in found
 
@@ -98,7 +98,7 @@ def test_without_triton_the_reason_is_given(monkeypatch):
     monkeypatch.setattr("peft_moe.ops.triton.backends.find_spec", lambda name: None)
     facts = on_cuda(draw_mixture(4, 16, 16, (4, 4), 1))
     for name in TRITON:
-        assert "pip install triton" in FORMS[name].supports(facts)
+        assert "pip install triton" in BACKENDS[name].supports(facts)
 
 
 def test_importing_the_package_imports_no_kernel_and_nothing_that_peft_does_not():
@@ -109,4 +109,4 @@ def test_importing_the_package_imports_no_kernel_and_nothing_that_peft_does_not(
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "['peft_moe.ops.triton.backends'] ['peft_moe']"
+    assert done.stdout.strip() == "['peft_moe.ops.triton', 'peft_moe.ops.triton.backends'] ['peft_moe']"

@@ -8,9 +8,9 @@ import torch
 from support.mixtures import distance, draw_mixture, poisoned
 
 from peft_moe.ops.triton.common import Tiles, rank_tables
+from peft_moe.ops.triton.mix import mix_fused, mix_gathered, mix_sorted
 from peft_moe.ops.triton.schedule import make_schedule
 from peft_moe.ops.triton.stacked import stacked_expand, stacked_shrink
-from peft_moe.ops.triton_mix import mix_fused, mix_gathered, mix_sorted
 
 # (tokens, in, out, ranks, chosen): odd sizes, unequal ranks, experts without ranks, one token, all chosen.
 SHAPES = [

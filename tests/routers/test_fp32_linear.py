@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_moe.routers import fp32_linear as module
-from peft_moe.routers.fp32_linear import wide_linear, widened
+from peft_moe.routers.fp32_linear import fp32_linear, widened
 
 
 def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,7 +24,7 @@ def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_gradients(normed: bool) -> None:
-    assert torch.autograd.gradcheck(lambda *given: wide_linear(*given, normed), drawn(torch.float64))
+    assert torch.autograd.gradcheck(lambda *given: fp32_linear(*given, normed), drawn(torch.float64))
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -33,7 +33,7 @@ def test_plain_autograd_agrees_and_only_the_input_is_kept(dtype: torch.dtype, no
     x, weight, bias = drawn(dtype)
     kept: list[torch.Tensor] = []
     with graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        scores = wide_linear(x, weight, bias, normed)
+        scores = fp32_linear(x, weight, bias, normed)
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr()}
     plain = functional.linear(widened(x, normed), weight, bias)
     assert torch.equal(scores, plain)
@@ -74,7 +74,7 @@ def test_many_tokens_in_parts(
     plain = functional.linear(widened(x, normed), *given[1:])
     wanted = torch.autograd.grad(plain, leaves, direction)
     with torch.no_grad(), Largest() as seen:
-        drawn = wide_linear(*given, normed)
+        drawn = fp32_linear(*given, normed)
     torch.testing.assert_close(drawn, plain, atol=1e-5, rtol=1e-5)
     assert drawn.is_contiguous()
     # Nothing as large as the wide input.
@@ -82,7 +82,7 @@ def test_many_tokens_in_parts(
     assert seen.most <= most
     assert most < x.numel() or columns == 40
     with Largest() as seen:
-        scores = wide_linear(*given, normed)
+        scores = fp32_linear(*given, normed)
         found = torch.autograd.grad(scores, leaves, direction)
     assert seen.most <= most
     assert torch.equal(scores, drawn)
@@ -104,5 +104,5 @@ def test_the_bits_do_not_depend_on_where_the_weights_lie(columns: int, tokens: i
         scores = []
         for shift in (0, 1, 2, 3, 8):
             moved = room[first + shift :][: weight.numel()].view_as(weight).copy_(weight)
-            scores.append(wide_linear(x, moved, bias, False))
+            scores.append(fp32_linear(x, moved, bias, False))
     assert all(torch.equal(one, scores[0]) for one in scores)

@@ -14,7 +14,7 @@ from peft_moe.ops import RankMap, mix_reference
 
 @dataclass
 class Mixture:
-    """Operands of one call. Ids hold E, "no expert", in places; ``dense`` are the same gates, [N, E]."""
+    """MixInputs of one call. Ids hold E, "no expert", in places; ``dense`` are the same gates, [N, E]."""
 
     x: Tensor
     a: Tensor

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_moe.routing.upcast import PART_BYTES, WideCopy
-from peft_moe.tuner.layers.cached_submodules import keep_at_hand
+from peft_moe.routing.upcast import PART_BYTES, UpcastCache
+from peft_moe.tuner.layers.cached_submodules import cache_submodules
 from peft_moe.tuner.layers.linear import MoLoraLayer
 from peft_moe.tuner.layers.linear_like import gives_new_memory
 
@@ -101,7 +101,7 @@ def test_a_pass_with_and_without_the_shared_wide_copy(zoo, scope, monkeypatch):
     shared = logits_of(model)
     with torch.inference_mode():  # where nobody counts changes in place, nothing is shared
         assert torch.equal(model(input_ids=IDS).logits, shared)
-    monkeypatch.setattr(WideCopy, "find", lambda self, x: None)
+    monkeypatch.setattr(UpcastCache, "find", lambda self, x: None)
     assert torch.equal(logits_of(model), shared)
 
 
@@ -114,14 +114,14 @@ def test_siblings_share_one_wide_copy(zoo, monkeypatch):
         logits_of(model)
     inputs = len({id(x) for x in seen})
     assert inputs < len(seen)
-    monkeypatch.setattr(WideCopy, "find", lambda self, x: None)
+    monkeypatch.setattr(UpcastCache, "find", lambda self, x: None)
     with Widenings() as alone:
         logits_of(model)
     assert len(alone.shapes) - len(shared.shapes) == len(seen) // 2 - inputs
 
 
 def test_a_wide_copy_follows_changes_and_keeps_nothing_alive():
-    copies, x = WideCopy(), torch.ones(2, 3, dtype=torch.bfloat16)
+    copies, x = UpcastCache(), torch.ones(2, 3, dtype=torch.bfloat16)
     with torch.no_grad():
         wide = copies.make(x)
         assert wide is not None
@@ -153,7 +153,7 @@ def test_a_base_layer_that_a_quantiser_swaps_is_the_one_that_is_called(zoo):
 def test_children_at_hand_follow_assignment_and_copies():
     parent = nn.Module()
     parent.child = nn.Linear(2, 2)
-    keep_at_hand(parent, "child")
+    cache_submodules(parent, "child")
     assert parent.__dict__["child"] is parent.child
     assert [name for name, _ in parent.named_modules()] == ["", "child"]
     twin = copy.deepcopy(parent)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ...errors import PeftMoeError
 from ...io.checkpoint import quiet_transformers
 from ...routing.context import Routing, record_routing
-from ...tuner.layers.shared_router import MODEL_SEAT
+from ...tuner.layers.shared_router import MODEL_ROUTER
 from ..base_model import find_tokenizer, load_on_base
 from ..mixture_tensors import Mixture
 from ..report import ExportReport
@@ -85,7 +85,7 @@ class Evidence:
                 handle.remove()
 
     def _of(self, module: str) -> list[Routing] | None:
-        names = (module, module.rpartition(".")[0], f"{MODEL_SEAT}.{self.mixture.adapter}")
+        names = (module, module.rpartition(".")[0], f"{MODEL_ROUTER}.{self.mixture.adapter}")
         return next((self._decisions[name] for name in names if name in self._decisions), None)
 
     def mean_gates(self, module: str) -> Tensor:

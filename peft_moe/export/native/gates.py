@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import PeftMoeError
 from ...routers import Router, RouterSettings
-from ...tuner.layers.shared_router import BLOCK_SEAT
+from ...tuner.layers.shared_router import BLOCK_ROUTER
 from ..mixture_tensors import PREFIX, Mixture
 
 # Of these only the product with a matrix, and a bias, is left outside of training.
@@ -45,7 +45,7 @@ def gate_of(mixture: Mixture, home: str, hidden: int) -> Gate:
     refused = _settings_reason(mixture, settings)
     if refused is not None:
         return Gate(None, refused)
-    prefix = f"{PREFIX}{home}.{BLOCK_SEAT}.molora_router."
+    prefix = f"{PREFIX}{home}.{BLOCK_ROUTER}.molora_router."
     stored = {n.removeprefix(prefix): mixture.read(n).cpu() for n in mixture.names if n.startswith(prefix)}
     moved = stored.get("balance_bias")
     if moved is not None and bool((moved != moved[0]).any()):

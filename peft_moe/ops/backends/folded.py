@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import Facts, Operands, add_product, product_dtype
+from ..backend import CallSpec, MixInputs, add_product, product_dtype
 from ..device_costs import Constants
 from ..rank_map import RankMap
 
@@ -22,11 +22,11 @@ class Folded:
 
     name = "folded"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """One row of gates."""
         return None if facts.one_row else "its gates differ from token to token"
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """The products of one LoRA, and one pass over a factor."""
         ranks, item = facts.ranks.total, facts.dtype.itemsize
         work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
@@ -35,7 +35,7 @@ class Folded:
         fold = constants.per_rank * ranks * facts.out_features
         return max(work, traffic) + fold + constants.launch
 
-    def mix(self, operands: Operands) -> Tensor:
+    def mix(self, operands: MixInputs) -> Tensor:
         """``base + (x Aᵀ) (gates ∘ B)``."""
         x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
         wide = product_dtype(x_NI, A_RI)

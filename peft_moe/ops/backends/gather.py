@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import Facts, Operands, add, add_product, product_dtype
+from ..backend import CallSpec, MixInputs, add, add_product, product_dtype
 from ..device_costs import Constants
 from ..rank_map import RankMap
 
@@ -30,13 +30,13 @@ class Gather:
 
     name = "gather"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """A fixed number of chosen experts per token."""
         if facts.chosen is None:
             return "its router keeps no fixed number of experts per token (top_k)"
         return None
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """Slabs are read, written and read again; with gradients, the factors' zeros on top."""
         ranks = (facts.chosen or 0) * facts.ranks.width
         sets = 1 if facts.one_row else facts.tokens
@@ -50,17 +50,19 @@ class Gather:
             traffic += 3 * (slabs + facts.ranks.total * facts.sizes * item) / constants.bandwidth
         return work + traffic + constants.launch * (1.0 if sets == 1 else 2.0)
 
-    def mix(self, operands: Operands) -> Tensor:
+    def mix(self, operands: MixInputs) -> Tensor:
         """``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
-        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, abstains, overwrite, wide_NI = operands
+        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, may_select_null, overwrite, fp32_NI = (
+            operands
+        )
         assert ids_SK is not None, "supports() has seen to it"
         (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
         wide = product_dtype(x_NI, A_RI)
         if wide in _NARROW and x_NI.is_cpu:
             work = 2 * tokens * chosen * ranks.width * (width + out)
             wide = torch.float32 if work < _FEW_FLOPS else wide
-        A_SRI, B_SRO, absent = _slabs(A_RI, B_RO, ids_SK, ranks, abstains)
-        x_NI = wide_NI if wide == torch.float32 and wide_NI is not None else x_NI.to(wide)
+        A_SRI, B_SRO, absent = _slabs(A_RI, B_RO, ids_SK, ranks, may_select_null)
+        x_NI = fp32_NI if wide == torch.float32 and fp32_NI is not None else x_NI.to(wide)
         A_SRI, B_SRO = A_SRI.to(wide), B_SRO.to(wide)
         # One scaling for all experts goes into the sum, where it costs nothing.
         scaling = ranks.one_scaling
@@ -94,14 +96,14 @@ def _gated(h_NKW: Tensor, weights_SK1: Tensor, absent: Tensor | None, h_NR: Tens
 
 
 def _slabs(
-    A_RI: Tensor, B_RO: Tensor, ids_SK: Tensor, ranks: RankMap, abstains: bool
+    A_RI: Tensor, B_RO: Tensor, ids_SK: Tensor, ranks: RankMap, may_select_null: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The chosen rows of both factors, and where there are none, for [S, K, W]."""
     if ranks.equal:
         # One row per expert: rows are picked several times faster than ranks.
         experts, ids = len(ranks.ranks), ids_SK.reshape(-1)
         absent = None
-        if abstains:
+        if may_select_null:
             absent = (ids_SK == experts).unsqueeze(-1)
             ids = ids.clamp_max(experts - 1)
         A_EX, B_EX = A_RI.reshape(experts, -1), B_RO.reshape(experts, -1)

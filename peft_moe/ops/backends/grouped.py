@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Facts, Operands, product_dtype
+from ..backend import CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants
 from ..once_differentiable import Gradients, once
 from ..rank_map import RankMap
@@ -26,7 +26,7 @@ class Grouped:
 
     name = "grouped"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """A fixed number of chosen experts; on an accelerator also all that torch's grouped GEMM asks for."""
         if facts.chosen is None:
             return "its router keeps no fixed number of experts per token (top_k)"
@@ -37,7 +37,7 @@ class Grouped:
             return why_not_native(facts.ranks, facts.dtype, facts.device, *sizes)
         return None
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """The chosen products, the passes over gathered rows, and what every group costs by itself."""
         pairs, rank, item = facts.tokens * (facts.chosen or 0), facts.ranks.width, facts.dtype.itemsize
         experts = len(facts.ranks.ranks)
@@ -48,7 +48,7 @@ class Grouped:
         weights = hit * rank * facts.sizes * item / constants.weight_bandwidth
         return work + rows + weights + hit * constants.segment + constants.sort
 
-    def mix(self, operands: Operands) -> Tensor:
+    def mix(self, operands: MixInputs) -> Tensor:
         """``base + Σ over chosen pairs``."""
         ids, weights, tokens = operands.ids, operands.weights, len(operands.x)
         assert ids is not None, "supports() has seen to it"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backend import Facts, Operands, product_dtype
+from ..backend import CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants
 from ..rank_map import RankMap
 
@@ -41,18 +41,18 @@ class Reference:
 
     name = "reference"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """Always."""
         return None
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """Two products per expert, and four passes over the output."""
         elements = facts.tokens * len(facts.ranks.ranks) * facts.out_features
         work = 2 * facts.tokens * facts.ranks.total * facts.sizes / constants.flops
         traffic = 4 * elements * facts.dtype.itemsize / constants.bandwidth
         return work + traffic + len(facts.ranks.ranks) * (2 * constants.segment + constants.launch)
 
-    def mix(self, operands: Operands) -> Tensor:
+    def mix(self, operands: MixInputs) -> Tensor:
         """As :func:`mix_reference`, with products in one dtype and the sum in that of the base."""
         x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
         gates_NE = operands.dense()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import Facts, Operands, add_product, product_dtype
+from ..backend import CallSpec, MixInputs, add_product, product_dtype
 from ..chosen_ranks import Chosen
 from ..device_costs import Constants
 from ..once_differentiable import Gradients, once
@@ -27,11 +27,11 @@ class Stacked:
 
     name = "stacked"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """Always."""
         return None
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """Two products over all ranks or their traffic, and the gating of every rank."""
         ranks, item = facts.ranks.total, facts.dtype.itemsize
         work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
@@ -40,9 +40,9 @@ class Stacked:
         traffic = (rows + ranks * facts.sizes) * item / constants.bandwidth
         return max(work, traffic) + constants.per_rank * facts.tokens * ranks + constants.launch
 
-    def mix(self, operands: Operands) -> Tensor:
+    def mix(self, operands: MixInputs) -> Tensor:
         """``base + ((x Aᵀ) ∘ gates per rank) B``."""
-        x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, abstains, overwrite, *_ = operands
+        x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, may_select_null, overwrite, *_ = operands
         if ids_NK is not None:
             gates, ids_NK = gates.expand(len(x_NI), -1), ids_NK.expand(len(x_NI), -1)
         wide = product_dtype(x_NI, A_RI)
@@ -50,8 +50,8 @@ class Stacked:
         # A compiler decides by itself what is kept for the backward pass.
         plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         if plain or not any(t.requires_grad for t in given):
-            return _forward(*given, base_NO, ids_NK, ranks, wide, abstains, overwrite)[0]
-        out_NO: Tensor = _Stacked.apply(*given, base_NO, ids_NK, ranks, wide, abstains)  # type: ignore[no-untyped-call]
+            return _forward(*given, base_NO, ids_NK, ranks, wide, may_select_null, overwrite)[0]
+        out_NO: Tensor = _Stacked.apply(*given, base_NO, ids_NK, ranks, wide, may_select_null)  # type: ignore[no-untyped-call]
         return out_NO
 
 
@@ -64,7 +64,7 @@ def _forward(
     ids_NK: Tensor | None,
     ranks: RankMap,
     wide: torch.dtype,
-    abstains: bool,
+    may_select_null: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output, and h: [N, R], or [N, K, W] at the chosen experts."""
@@ -73,7 +73,7 @@ def _forward(
         # Gates are scaled in float32 and rounded once.
         hg_NR = h_NR * ranks.expand(gates).to(wide)
         return add_product(base_NO, hg_NR, B_RO.to(wide), overwrite), h_NR
-    chosen = Chosen(ids_NK, ranks, abstains)
+    chosen = Chosen(ids_NK, ranks, may_select_null)
     h_NKW = chosen.take(h_NR)
     hg_NR = chosen.put(chosen.weigh(h_NKW, gates), h_NR)
     return add_product(base_NO, hg_NR, B_RO.to(wide), overwrite), h_NKW
@@ -93,10 +93,10 @@ class _Stacked(torch.autograd.Function):
         ids_NK: Tensor | None,
         ranks: RankMap,
         wide: torch.dtype,
-        abstains: bool,
+        may_select_null: bool,
     ) -> Tensor:
         with torch.autocast(x_NI.device.type, enabled=False):
-            out_NO, h = _forward(x_NI, A_RI, B_RO, gates, base_NO, ids_NK, ranks, wide, abstains)
+            out_NO, h = _forward(x_NI, A_RI, B_RO, gates, base_NO, ids_NK, ranks, wide, may_select_null)
         for_x, for_A, for_B, for_gates = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x_NI if for_A else None,
@@ -106,7 +106,7 @@ class _Stacked(torch.autograd.Function):
             ids_NK,
             h if for_gates or for_B else None,
         )
-        ctx.abstains = abstains
+        ctx.may_select_null = may_select_null
         ctx.ranks, ctx.wide, ctx.x_dtype, ctx.A_dtype = ranks, wide, x_NI.dtype, A_RI.dtype
         return out_NO
 
@@ -116,7 +116,7 @@ class _Stacked(torch.autograd.Function):
         x_NI, A_RI, B_RO, gates, ids_NK, h = ctx.saved_tensors
         ranks, wide = ctx.ranks, ctx.wide
         for_x, for_A, for_B, for_gates, for_base = ctx.needs_input_grad[:5]
-        chosen = None if ids_NK is None else Chosen(ids_NK, ranks, ctx.abstains)
+        chosen = None if ids_NK is None else Chosen(ids_NK, ranks, ctx.may_select_null)
         dx_NI = dA_RI = dB_RO = dgates = None
         with torch.autocast(dy_NO.device.type, enabled=False):
             wide_NO = dy_NO.to(wide)

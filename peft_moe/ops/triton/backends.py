@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..backend import Facts, Operands, product_dtype
+from ..backend import CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants, Kernel
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,7 +43,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _unfit(facts: Facts) -> str | None:
+def _unfit(facts: CallSpec) -> str | None:
     """What all kernels need."""
     if facts.device != "cuda" and not interpreted():
         return f"its kernels run on CUDA, these tensors are on {facts.device}"
@@ -58,7 +58,7 @@ def _unfit(facts: Facts) -> str | None:
     return _missing()
 
 
-def _unfit_sparse(facts: Facts) -> str | None:
+def _unfit_sparse(facts: CallSpec) -> str | None:
     if facts.chosen is None:
         return "its router keeps no fixed number of experts per token (top_k)"
     if facts.chosen > _MAX_CHOSEN or len(facts.ranks.ranks) > _MAX_EXPERTS:
@@ -66,13 +66,13 @@ def _unfit_sparse(facts: Facts) -> str | None:
     return _unfit(facts)
 
 
-def _ready(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+def _ready(operands: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Input and factors in the dtype of the products."""
     wide = product_dtype(operands.x, operands.A)
     return operands.x.to(wide), operands.A.to(wide), operands.B.to(wide)
 
 
-def _chosen(operands: Operands) -> tuple[Tensor, Tensor]:
+def _chosen(operands: MixInputs) -> tuple[Tensor, Tensor]:
     """A row of ids and of gates for every token."""
     ids, weights, tokens = operands.ids, operands.weights, len(operands.x)
     assert ids is not None, "supports() has seen to it"
@@ -80,7 +80,7 @@ def _chosen(operands: Operands) -> tuple[Tensor, Tensor]:
     return ids.expand(tokens, -1), weights.expand(tokens, -1)
 
 
-def _timed(name: str, facts: Facts, constants: Constants) -> Kernel | None:
+def _timed(name: str, facts: CallSpec, constants: Constants) -> Kernel | None:
     """What is known of a kernel at calls like this one; None where it was not timed, or lost.
 
     Elsewhere it serves who asks for it by name: an estimate must not win over forms that were measured.
@@ -96,7 +96,7 @@ class TritonStacked:
 
     name = "triton_stacked"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """Frozen experts on CUDA; with gate gradients, equal ranks that are powers of two."""
         ranks = facts.ranks
         if "gates" in facts.trains and not (ranks.equal and ranks.width & (ranks.width - 1) == 0):
@@ -105,7 +105,7 @@ class TritonStacked:
             return f"it takes up to {_MAX_CHOSEN} chosen experts"
         return _unfit(facts)
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """Products of all ranks against the passes over x and y that they cannot avoid."""
         kernel = _timed(self.name, facts, constants)
         if kernel is None:
@@ -116,9 +116,9 @@ class TritonStacked:
         weights = kernel.slabs * ranks * facts.sizes * item / constants.bandwidth
         return max(work, traffic + weights) + kernel.launch
 
-    def mix(self, operands: Operands) -> Tensor:
-        """See :func:`peft_moe.ops.triton_mix.mix_fused`."""
-        from ..triton_mix import mix_fused
+    def mix(self, operands: MixInputs) -> Tensor:
+        """See :func:`peft_moe.ops.triton.mix.mix_fused`."""
+        from .mix import mix_fused
 
         if operands.ids is None:
             gates, ids = operands.gates, None
@@ -132,11 +132,11 @@ class TritonSorted:
 
     name = "triton_sorted"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """Frozen experts on CUDA, and a fixed number of chosen ones."""
         return _unfit_sparse(facts)
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """Every chosen pair reads a row of x, and reads and writes a row of y; slabs are read per block."""
         kernel = _timed(self.name, facts, constants)
         if kernel is None:
@@ -146,9 +146,9 @@ class TritonSorted:
         slabs = min(len(facts.ranks.ranks), facts.tokens) * chosen * facts.ranks.width * facts.sizes * item
         return (rows + kernel.slabs * slabs) / constants.bandwidth + kernel.launch
 
-    def mix(self, operands: Operands) -> Tensor:
-        """See :func:`peft_moe.ops.triton_mix.mix_sorted`."""
-        from ..triton_mix import mix_sorted
+    def mix(self, operands: MixInputs) -> Tensor:
+        """See :func:`peft_moe.ops.triton.mix.mix_sorted`."""
+        from .mix import mix_sorted
 
         return mix_sorted(*_ready(operands), operands.ranks, operands.base, *_chosen(operands))
 
@@ -158,7 +158,7 @@ class TritonGather:
 
     name = "triton_gather"
 
-    def supports(self, facts: Facts) -> str | None:
+    def supports(self, facts: CallSpec) -> str | None:
         """Few tokens, no gradients, and a fixed number of chosen experts."""
         if facts.trains:
             return "it has no gradients"
@@ -166,7 +166,7 @@ class TritonGather:
             return f"it is made for up to {_FEW_TOKENS} tokens, this call has {facts.tokens}"
         return _unfit_sparse(facts)
 
-    def cost(self, facts: Facts, constants: Constants) -> float:
+    def cost(self, facts: CallSpec, constants: Constants) -> float:
         """The slabs of every token."""
         kernel = _timed(self.name, facts, constants)
         if kernel is None:
@@ -174,8 +174,8 @@ class TritonGather:
         slabs = facts.tokens * (facts.chosen or 0) * facts.ranks.width * facts.sizes * facts.dtype.itemsize
         return kernel.slabs * slabs / constants.bandwidth + kernel.launch
 
-    def mix(self, operands: Operands) -> Tensor:
-        """See :func:`peft_moe.ops.triton_mix.mix_gathered`."""
-        from ..triton_mix import mix_gathered
+    def mix(self, operands: MixInputs) -> Tensor:
+        """See :func:`peft_moe.ops.triton.mix.mix_gathered`."""
+        from .mix import mix_gathered
 
         return mix_gathered(*_ready(operands), operands.ranks, operands.base, *_chosen(operands))

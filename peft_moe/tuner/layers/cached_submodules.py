@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def keep_at_hand(module: nn.Module, *names: str) -> None:
+def cache_submodules(module: nn.Module, *names: str) -> None:
     """Have children found as plain attributes as well.
 
     ``nn.Module`` finds them by a search that costs half a microsecond. Who assigns another child ends this,

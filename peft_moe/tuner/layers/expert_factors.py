@@ -32,14 +32,14 @@ class ExpertPlan:
     Attributes:
         specs: the experts, in the mixture's order.
         files: their opened adapters; empty if they are fresh or embedded.
-        awaited: the weights come later, from a saved mixture.
+        pending_weights: the weights come later, from a saved mixture.
         init_weights: fresh experts start with B = 0.
         bar: shows how many layers were read, where that takes long enough to be seen.
     """
 
     specs: list[ExpertSpec]
     files: list[ExpertFile] = field(default_factory=list)
-    awaited: bool = False
+    pending_weights: bool = False
     init_weights: bool = True
     bar: Any = None
 
@@ -61,7 +61,7 @@ class ExpertPlan:
             if self.bar is not None:
                 self.bar.update()
             return self._read(module_name, in_features, out_features)
-        if self.awaited:
+        if self.pending_weights:
             return (
                 torch.full((ranks.total, in_features), torch.nan),
                 torch.full((ranks.total, out_features), torch.nan),
@@ -115,7 +115,9 @@ def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
     """
     sources = config.sources()
     if not sources:
-        plan = ExpertPlan(config.specs(), awaited=config.experts_embedded, init_weights=config.init_weights)
+        plan = ExpertPlan(
+            config.specs(), pending_weights=config.experts_embedded, init_weights=config.init_weights
+        )
         _record(config, plan)
         return plan
     files = open_experts(sources, base, allow_base_mismatch=config.allow_base_mismatch)

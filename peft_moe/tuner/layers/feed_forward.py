@@ -32,10 +32,10 @@ from ...routing.context import Routing, RoutingContext, current_context
 from ...routing.context_var import Slot
 from .find_feed_forward import FeedForward, feed_forwards_of, find_feed_forwards
 from .frozen_experts import trained_part
-from .layer_groups import Depth
+from .layer_groups import LayerGroups
 from .linear_like import linear_sizes, per_token
 from .scope import Decider
-from .shared_router import BLOCK_SEAT, BlockRouter, SharedRouter
+from .shared_router import BLOCK_ROUTER, BlockRouter, SharedRouter
 
 if TYPE_CHECKING:
     from ..config.mixture import MoLoraConfig
@@ -100,15 +100,15 @@ def member_of(blocks: dict[str, FeedForward], name: str) -> Member | None:
     return Member(blocks[name].home, name == blocks[name].join) if name in blocks else None
 
 
-def seat_feed_forwards(
-    model: nn.Module, adapter: str, depth: Depth, layers: dict[str, Any], blocks: dict[str, FeedForward]
+def add_feed_forward_routers(
+    model: nn.Module, adapter: str, depth: LayerGroups, layers: dict[str, Any], blocks: dict[str, FeedForward]
 ) -> list[SharedRouter]:
     """Give the FFNs of these layers a seat, with a router unless one decides for the whole model."""
     seats: dict[str, SharedRouter] = {}
     for name, layer in layers.items():
         if adapter not in layer.members or blocks[name].home in seats:
             continue
-        ffn, seat = blocks[name], seat_feed_forward(model, blocks[name])
+        ffn, seat = blocks[name], add_feed_forward_router(model, blocks[name])
         decider: Decider = layer.deciders[adapter]
         scope = "model" if decider.scope == "model" else "module"
         seat.deciders[adapter] = replace(decider, scope=scope)
@@ -123,10 +123,10 @@ def seat_feed_forwards(
     return list(seats.values())
 
 
-def seat_feed_forward(model: nn.Module, ffn: FeedForward) -> BlockRouter:
+def add_feed_forward_router(model: nn.Module, ffn: FeedForward) -> BlockRouter:
     """The seat at an FFN, which watches its linears; made on first use."""
     home = model.get_submodule(ffn.home)
-    seat: Any = getattr(home, BLOCK_SEAT, None)
+    seat: Any = getattr(home, BLOCK_ROUTER, None)
     if seat is None:
         seat = BlockRouter(ffn.home)
         seat.attach(home)

@@ -14,7 +14,7 @@ from ..config.mixture import MoLoraConfig
 from .tap import find_stack
 
 
-class Depth:
+class LayerGroups:
     """Places modules in the base's main stack, whose layers are split into groups of equal size.
 
     Args:

@@ -20,7 +20,7 @@ from ...ops import RankMap, folded_delta, mix
 from ...routers import Router
 from ...routing.context import Routing, RoutingContext, current_context
 from ...routing.mixed_batch import narrow, rows_of
-from .cached_submodules import keep_at_hand
+from .cached_submodules import cache_submodules
 from .feed_forward import Member, mix_in_block
 from .frozen_experts import held_rows, hold, trained_part
 from .linear_like import as_linear, gives_new_memory, linear_sizes, per_token
@@ -66,8 +66,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         # Ranks of experts that stay as they are while others train.
         self.held: dict[str, Tensor | None] = {}
         # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
-        self.awaited: set[str] = set()
-        keep_at_hand(self, "molora_A", "molora_B", "molora_router")
+        self.pending_weights: set[str] = set()
+        cache_submodules(self, "molora_A", "molora_B", "molora_router")
         self._start_empty()
 
     def add_mixture(
@@ -124,7 +124,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     def follow_base_dtype(self, adapter: str) -> None:
         """Keep an adapter's experts in the base layer's dtype, if that is one to compute in."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if adapter not in self.molora_A or adapter in self.awaited or not isinstance(weight, Tensor):
+        if adapter not in self.molora_A or adapter in self.pending_weights or not isinstance(weight, Tensor):
             return
         if weight.dtype in (torch.float16, torch.bfloat16):
             self.molora_A[adapter].to(weight.dtype)
@@ -151,7 +151,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     def _mix(
         self, adapter: str, x: Tensor, result: Tensor, context: RoutingContext | None, overwrite: bool
     ) -> Tensor:
-        if adapter in self.awaited:
+        if adapter in self.pending_weights:
             self._check_arrived(adapter)
         if adapter in self.members:
             return mix_in_block(self, adapter, x, result)
@@ -185,10 +185,10 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             base_NO,
             expert_ids_NK=per_token(routing.expert_ids, x, tokens),
             weights_NK=per_token(routing.expert_weights, x, tokens),
-            abstains=routing.abstains,
+            may_select_null=routing.may_select_null,
             backend=self.backends[adapter],
             overwrite=overwrite,
-            wide_NI=None if wide is None else wide.reshape(tokens, -1),
+            fp32_NI=None if wide is None else wide.reshape(tokens, -1),
         )
         written = mixed_NO is base_NO and result.is_contiguous()
         return result if written else mixed_NO.view(result.shape)
@@ -201,12 +201,12 @@ class MoLoraLayer(nn.Module, MixtureLayer):
                 f"{self.name}: the config of adapter {adapter!r} describes experts whose weights were never "
                 "loaded; load the folder with PeftModel.from_pretrained, or give `experts` as adapter paths"
             )
-        self.awaited.discard(adapter)
+        self.pending_weights.discard(adapter)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # Awaited experts take the dtype of the file, else copying would widen or round them.
         for side in ("molora_A", "molora_B"):
-            for adapter in self.awaited:
+            for adapter in self.pending_weights:
                 stored = state_dict.get(f"{prefix}{side}.{adapter}.weight")
                 if stored is not None:
                     weight = getattr(self, side)[adapter].weight

@@ -47,7 +47,7 @@ from ...routing.model_call import (
 from ..config.mixture import MoLoraConfig
 from .probe import TapReached, run_probe
 from .resolve_controls import apply_controls, refuse_company
-from .shared_router import MODEL_SEAT, SharedRouter
+from .shared_router import MODEL_ROUTER, SharedRouter
 from .tap import Tap
 
 
@@ -55,7 +55,7 @@ class ModelRouter(SharedRouter):
     """Holds the routers of scope "model", one per adapter, and the hooks of all mixtures of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(MODEL_SEAT)
+        super().__init__(MODEL_ROUTER)
         self.taps: dict[str, Tap] = {}
         # Adapters whose decisions outlive their call (once per prompt, or running), in whatever scope.
         self.per_prompt: set[str] = set()
@@ -152,7 +152,7 @@ class ModelRouter(SharedRouter):
             return routing
 
         lasting = adapter in self.per_prompt
-        routing = context.decide(adapter, MODEL_SEAT, probe) if lasting else probe()
+        routing = context.decide(adapter, MODEL_ROUTER, probe) if lasting else probe()
         if tap.below == "prompt":
             context.shared[below(adapter)] = router.limited(routing, context.limits.get(adapter), context)
         else:
@@ -220,7 +220,7 @@ class ModelRouter(SharedRouter):
             router = self.molora_router[adapter]
             if (router.pools or router.runs) and tap.below == "base":
                 decide = partial(self._ask, router, hidden_BTI, context)
-                routing = context.decide(adapter, MODEL_SEAT, decide)
+                routing = context.decide(adapter, MODEL_ROUTER, decide)
             else:
                 routing = router(hidden_BTI, context)
             self._settle(adapter, routing, context)
@@ -234,7 +234,7 @@ class ModelRouter(SharedRouter):
         # What is kept is the router's own decision: later steps may allow something else.
         routing = self.molora_router[adapter].limited(routing, context.limits.get(adapter), context)
         context.shared[adapter] = routing
-        report(f"{MODEL_SEAT}.{adapter}", routing)
+        report(f"{MODEL_ROUTER}.{adapter}", routing)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         context = current_context()

@@ -22,8 +22,8 @@ from ...routing.context_var import Slot
 from ...routing.mixed_batch import named_adapters
 from .meta_weights import is_empty
 
-MODEL_SEAT = "shared_router"
-BLOCK_SEAT = "block_router"
+MODEL_ROUTER = "shared_router"
+BLOCK_ROUTER = "block_router"
 
 
 class MixtureLayer(BaseTunerLayer):
@@ -152,7 +152,7 @@ class BlockRouter(SharedRouter):
     def attach(self, block: nn.Module) -> None:
         """Watch the calls of ``block``, and take a seat in it."""
         self.__dict__["_block"] = block  # no submodule: the block already holds this seat
-        setattr(block, BLOCK_SEAT, self)
+        setattr(block, BLOCK_ROUTER, self)
         self.handles.append(block.register_forward_pre_hook(self._enter))
         self.handles.append(block.register_forward_hook(self._leave, always_call=True))
 
@@ -223,7 +223,7 @@ def share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, An
     """Tell layers by name who their router is: gates that do not depend on the input can be merged there."""
     routers = {seat.name: seat.molora_router[adapter] for seat in seats if adapter in seat.molora_router}
     for name, layer in layers.items():
-        router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_SEAT)
+        router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_ROUTER)
         layer.constant_routers[adapter] = router
 
 
@@ -233,5 +233,5 @@ def named_routers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Router]
         if isinstance(module, MixtureLayer):
             routers: Any = getattr(module, "molora_router", {})
             if adapter in routers:
-                name = f"{MODEL_SEAT}.{adapter}" if module.name == MODEL_SEAT else module.name
+                name = f"{MODEL_ROUTER}.{adapter}" if module.name == MODEL_ROUTER else module.name
                 yield name, routers[adapter]

@@ -53,7 +53,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def note_base(config: MoLoraConfig, model: nn.Module) -> None:
+def record_base(config: MoLoraConfig, model: nn.Module) -> None:
     """Write a new mixture's base into its config; hold a loaded one's against the base it is loaded on.
 
     Raises:

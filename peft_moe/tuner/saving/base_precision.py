@@ -26,7 +26,7 @@ def describe_precision(model: nn.Module) -> str:
     return f"{method} {bits} bits" if bits else method
 
 
-def note_precision(config: MoLoraConfig, model: nn.Module) -> None:
+def record_base_precision(config: MoLoraConfig, model: nn.Module) -> None:
     """Write the base's precision into the config; warn where the mixture was saved on another one."""
     found, saved = describe_precision(model), config.base_precision
     if saved is not None and saved != found:

@@ -17,7 +17,7 @@ from ...errors import PeftMoeError
 from ...io.offload import read, read_state
 from ..config.weights_file import tensors_digest
 from ..layers.expert_factors import ExpertPlan
-from ..layers.shared_router import MODEL_SEAT, MixtureLayer, SharedRouter, named_routers
+from ..layers.shared_router import MODEL_ROUTER, MixtureLayer, SharedRouter, named_routers
 from .expert_digests import adapter_of, expert_digests, mixture_layers, saved_tensors, short
 from .snapshot import Snapshot
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PLACELESS = re.compile(r"(?:^|\.)molora_[AB]\.weight$")
 
 
-class Arrivals:
+class LoadVerifier:
     """Watches what is loaded into the mixtures of one model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,7 +76,7 @@ class Arrivals:
             self.before.pop(adapter, None)
 
 
-def note_experts(
+def record_expert_digests(
     model: nn.Module,
     seat: SharedRouter,
     adapter: str,
@@ -94,9 +94,9 @@ def note_experts(
         plan: where its experts come from.
         before: the model as it was, to go back to if what is loaded is refused.
     """
-    arrivals: Arrivals | None = seat.__dict__.get("arrivals")
+    arrivals: LoadVerifier | None = seat.__dict__.get("arrivals")
     if arrivals is None:
-        arrivals = seat.__dict__["arrivals"] = Arrivals(model)
+        arrivals = seat.__dict__["arrivals"] = LoadVerifier(model)
         seat.handles += arrivals.handles
     arrivals.configs[adapter] = config
     arrivals.open.pop(adapter, None)
@@ -104,7 +104,7 @@ def note_experts(
     if plan.files and not config.experts_train:
         for record, digest in zip(config.records(), expert_digests(model, adapter), strict=True):
             record["digest"] = digest
-    if plan.awaited:
+    if plan.pending_weights:
         # As the experts do, routers start as what no file holds.
         with torch.no_grad():
             for _, router in named_routers(model, adapter):
@@ -156,7 +156,9 @@ def check_load(model: nn.Module, adapter: str, configs: dict[str, Any]) -> None:
         adapter: what was loaded.
         configs: PEFT's, by adapter.
     """
-    arrivals: Arrivals | None = getattr(getattr(model, MODEL_SEAT, None), "__dict__", {}).get("arrivals")
+    arrivals: LoadVerifier | None = getattr(getattr(model, MODEL_ROUTER, None), "__dict__", {}).get(
+        "arrivals"
+    )
     if arrivals is None:
         return
     try:
@@ -210,7 +212,7 @@ def check_arrived(
     if verify and any(recorded.values()):
         compare_digests(expert_digests(model, adapter), adapter, recorded)
     for layer in layers.values():
-        layer.awaited.discard(adapter)
+        layer.pending_weights.discard(adapter)
     return True
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .once_differentiable import Gradients, once
-from .rank_map import RankMap
-from .triton.common import RankTables, rank_tables
-from .triton.gather import gather_mix
-from .triton.schedule import Schedule, make_schedule
-from .triton.sparse import expand, rows_per_block, shrink
-from .triton.stacked import stacked_expand, stacked_shrink
+from ..once_differentiable import Gradients, once
+from ..rank_map import RankMap
+from .common import RankTables, rank_tables
+from .gather import gather_mix
+from .schedule import Schedule, make_schedule
+from .sparse import expand, rows_per_block, shrink
+from .stacked import stacked_expand, stacked_shrink
 
 
 def mix_sorted(
