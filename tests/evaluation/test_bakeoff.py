@@ -15,7 +15,7 @@ from peft_moe import PeftMoeError, Scorer
 from peft_moe.cli.demo import BASE_NAME, asset_path
 from peft_moe.cli.demo.skills import BASE_SKILLS_HELD_OUT, BASE_SKILLS_SEEN, generate, write_jsonl
 from peft_moe.cli.main import app
-from peft_moe.evaluation.bakeoff.methods import contestant
+from peft_moe.evaluation.bakeoff.methods import method_from
 from peft_moe.routers import scorer as registry
 
 # One with rank-stabilised scaling first, ranks 8 and 16, one that adapts attention only.
@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_everybody_is_measured_or_says_why_not(folder: Path) -> None:
+def test_every_method_is_measured_or_says_why_not(folder: Path) -> None:
     found = results(folder)
     for measure in ("loss", "exact"):
         assert set(found["measures"][measure]) == {"base", *EXPERTS, "oracle"} | SCORED
@@ -203,6 +203,6 @@ def test_robustness_options_of_a_method_change_what_it_learns(
 
 def test_robustness_options_are_for_mixtures() -> None:
     with pytest.raises(PeftMoeError, match="switching_share"):
-        contestant("wide", {"width": {}, "train": {"switching_share": 0.5}})
+        method_from("wide", {"width": {}, "train": {"switching_share": 0.5}})
     with pytest.raises(PeftMoeError, match="Did you mean 'switching_share'"):
-        contestant("typo", {"mixture": {}, "train": {"switching_shar": 0.5}})
+        method_from("typo", {"mixture": {}, "train": {"switching_shar": 0.5}})

@@ -1,4 +1,4 @@
-"""Standings and advice, from scores whose answers are known."""
+"""Results and advice, from scores whose answers are known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from peft_moe.evaluation import TurnScore
 from peft_moe.evaluation.bakeoff.build import Cost
 from peft_moe.evaluation.bakeoff.comparison import MEAN, Comparison, oracle_scores
-from peft_moe.evaluation.bakeoff.methods import FITTED, NO_DATA, TRAINED, Contestant, references
+from peft_moe.evaluation.bakeoff.methods import FITTED, NO_DATA, TRAINED, Method, references
 from peft_moe.evaluation.bakeoff.plot import plot
 from peft_moe.evaluation.bakeoff.recommendation import advise
 from peft_moe.evaluation.bakeoff.records import Record
@@ -44,40 +44,38 @@ def scores(kept: float, noise: float = 0.0, seed: int = 0, unseen: float = 4.0):
     return found
 
 
-def compare(methods: dict[str, tuple[str, list]], measure: str = "loss") -> Comparison:
-    """The base keeps 0, each expert 1; so does the oracle."""
-    contestants = [
+def compare(scored: dict[str, tuple[str, list]], measure: str = "loss") -> Comparison:
+    """The base keeps 0, each expert 1; so does the oracle. ``scored``: name → group, scores of each seed."""
+    methods = [
         *references(EXPERTS),
-        *(Contestant(n, "mixture", group=g) for n, (g, _) in methods.items()),
+        *(Method(name, "mixture", group=group) for name, (group, _) in scored.items()),
     ]
     runs = {"base": [scores(0.0)], "law": [scores(1.0)], "code": [scores(1.0)]}
-    runs |= {name: found for name, (_, found) in methods.items()}
+    runs |= {name: of_seeds for name, (_, of_seeds) in scored.items()}
     records = {
         name: [
-            Record(name, seed, "", Cost(seconds=3.0, tokens_per_second=9.0), one)
-            for seed, one in enumerate(some)
+            Record(name, seed, "", Cost(seconds=3.0, tokens_per_second=9.0), of_seed)
+            for seed, of_seed in enumerate(of_seeds)
         ]
-        for name, some in runs.items()
+        for name, of_seeds in runs.items()
     }
-    return Comparison(contestants, records, ROWS, measure, draws=400)
+    return Comparison(methods, records, ROWS, measure, draws=400)
 
 
 def test_shares_changes_and_the_oracle() -> None:
-    standings = compare({"half": (NO_DATA, [scores(0.5, unseen=4.4)])}).standings
+    results = compare({"half": (NO_DATA, [scores(0.5, unseen=4.4)])}).results
     for name, kept, change in (("base", 0, 0), ("half", 0.5, 0.1), ("oracle", 1, 0)):
-        one = standings[name]
+        one = results[name]
         for row in ("law", "code", MEAN, MARKED, RUNNING):
             assert one.shares[row].value == pytest.approx(kept, abs=1e-12)
         assert one.changes["news"].value == pytest.approx(change, abs=1e-12)
-    assert standings["half"].values["law"].value == pytest.approx(3.5)
+    assert results["half"].values["law"].value == pytest.approx(3.5)
 
 
 def test_exact_answers_have_shares_too() -> None:
-    standings = compare(
-        {"most": (NO_DATA, [scores(0.9)]), "few": (NO_DATA, [scores(0.1)])}, "exact"
-    ).standings
-    assert standings["most"].shares[MEAN].value == 1.0
-    assert standings["few"].shares[MEAN].value == 0.0
+    results = compare({"most": (NO_DATA, [scores(0.9)]), "few": (NO_DATA, [scores(0.1)])}, "exact").results
+    assert results["most"].shares[MEAN].value == 1.0
+    assert results["few"].shares[MEAN].value == 0.0
 
 
 def test_the_oracle_takes_each_turn_from_its_owner() -> None:
@@ -97,7 +95,7 @@ def test_identical_methods_differ_by_exactly_nothing() -> None:
 
 
 def test_noise_makes_intervals_and_the_mean_is_over_domains() -> None:
-    one = compare({"noisy": (NO_DATA, [scores(0.5, noise=0.5, seed=1)])}).standings["noisy"]
+    one = compare({"noisy": (NO_DATA, [scores(0.5, noise=0.5, seed=1)])}).results["noisy"]
     assert one.shares[MEAN].value == pytest.approx((one.shares["law"].value + one.shares["code"].value) / 2)
     assert one.shares[MEAN].high - one.shares[MEAN].low > 0.05
     assert one.shares[MEAN].low < 0.5 < one.shares[MEAN].high
@@ -107,17 +105,17 @@ def test_turns_that_were_cut_off_do_not_count() -> None:
     found = scores(0.5)
     found["law"][0] = [TurnScore(0.0, 0, True)]
     for measure in ("loss", "exact"):
-        compared = compare({"half": (NO_DATA, [found])}, measure).standings["half"].values["law"]
+        compared = compare({"half": (NO_DATA, [found])}, measure).results["half"].values["law"]
         assert compared.value == pytest.approx(3.5 if measure == "loss" else 0.0)
 
 
 def test_a_domain_without_gain_has_no_part_in_the_mean() -> None:
-    contestants = references(EXPERTS)
+    methods = references(EXPERTS)
     runs = {"base": scores(0.0), "law": scores(1.0), "code": scores(0.0)}
     records = {name: [Record(name, 0, "", Cost(), one)] for name, one in runs.items()}
-    comparison = Comparison(contestants, records, ROWS, "loss", draws=10)
+    comparison = Comparison(methods, records, ROWS, "loss", draws=10)
     assert comparison.gainful == ["law"]
-    assert comparison.standings["law"].shares[MEAN].value == 1.0
+    assert comparison.results["law"].shares[MEAN].value == 1.0
 
 
 def advice(**shares: float) -> str:

@@ -15,9 +15,9 @@ from peft_moe.evaluation.bakeoff.methods import (
     NO_DATA,
     RETRAINED,
     TRAINED,
-    contestant,
-    not_yet,
-    read_contestants,
+    method_from,
+    read_methods,
+    unsupported_reason,
 )
 from peft_moe.evaluation.bakeoff.records import Fingerprints, Record, read_record, write_record
 from peft_moe.evaluation.bakeoff.settings_file import read_settings, settings_from
@@ -106,7 +106,7 @@ def test_yaml_that_readers_disagree_about(folder, line, message) -> None:
         read_settings(folder / "bakeoff.yaml")
     (folder / "methods.yaml").write_text(line + "\n")
     with pytest.raises(PeftMoeError, match=message):
-        read_contestants(folder / "methods.yaml")
+        read_methods(folder / "methods.yaml")
 
 
 def test_settings_that_lack_something() -> None:
@@ -115,7 +115,7 @@ def test_settings_that_lack_something() -> None:
 
 
 def test_the_table_of_methods() -> None:
-    methods = {one.name: one for one in read_contestants()}
+    methods = {one.name: one for one in read_methods()}
     group = {name: one.group for name, one in methods.items()}
     assert group["uniform"] == group["merge-cat-mean"] == group["peft-arrow"] == NO_DATA
     assert group["context-fitted"] == FITTED
@@ -133,7 +133,7 @@ def test_a_methods_file_adds_changes_and_removes(tmp_path) -> None:
         "mine: {mixture: {router: linear}, fit: {method: ridge, regularisation: 2.0}, needs: nothing}\n"
         "uniform: null\nrandom: {mixture: {router: random, top_k: 3}}\n"
     )
-    methods = {one.name: one for one in read_contestants(tmp_path / "mine.yaml")}
+    methods = {one.name: one for one in read_methods(tmp_path / "mine.yaml")}
     assert "uniform" not in methods
     assert methods["random"].fields == {"router": "random", "top_k": 3}
     assert methods["mine"].fit == {"method": "ridge", "regularisation": 2.0}
@@ -155,15 +155,15 @@ def test_a_methods_file_adds_changes_and_removes(tmp_path) -> None:
 )
 def test_entries_that_cannot_be_read(entry, message) -> None:
     with pytest.raises(PeftMoeError, match=message):
-        contestant("mine", entry)
+        method_from("mine", entry)
 
 
 def test_what_this_version_does_not_know_is_said() -> None:
-    assert not_yet(contestant("a", {"mixture": {"router": "linear"}})) is None
-    assert "'linaer' is not registered. Did you mean 'linear'" in not_yet(
-        contestant("b", {"mixture": {"router": "linaer"}})
+    assert unsupported_reason(method_from("a", {"mixture": {"router": "linear"}})) is None
+    assert "'linaer' is not registered. Did you mean 'linear'" in unsupported_reason(
+        method_from("b", {"mixture": {"router": "linaer"}})
     )
-    assert "'router_colour'" in not_yet(contestant("c", {"mixture": {"router_colour": "red"}}))
+    assert "'router_colour'" in unsupported_reason(method_from("c", {"mixture": {"router_colour": "red"}}))
 
 
 def test_rows_and_samples(settings) -> None:
@@ -245,19 +245,19 @@ def test_scores_are_reused_where_the_change_means_nothing_to_them(
     changed = read_settings(folder / "bakeoff.yaml", [change])
     before, after = (Fingerprints(s, load_texts(s)) for s in (settings, changed))
     entries = (UNIFORM, FITTED_ONE, TRAINED_ONE, WIDE)
-    same = [before.of(contestant("x", e), 0) == after.of(contestant("x", e), 0) for e in entries]
+    same = [before.of(method_from("x", e), 0) == after.of(method_from("x", e), 0) for e in entries]
     assert same == [uniform, fitted, trained, wide]
 
 
 def test_other_weights_seeds_and_fields_are_other_scores(folder, settings) -> None:
     texts = load_texts(settings)
     before = Fingerprints(settings, texts)
-    one = contestant("x", UNIFORM)
-    assert before.of(one, 0) != before.of(one, 1)
-    assert before.of(one, 0) != before.of(contestant("x", {"mixture": {"router": "linear"}}), 0)
-    assert before.of(one, 0) == Fingerprints(settings, texts).of(contestant("renamed", UNIFORM), 0)
+    uniform = method_from("x", UNIFORM)
+    assert before.of(uniform, 0) != before.of(uniform, 1)
+    assert before.of(uniform, 0) != before.of(method_from("x", {"mixture": {"router": "linear"}}), 0)
+    assert before.of(uniform, 0) == Fingerprints(settings, texts).of(method_from("renamed", UNIFORM), 0)
     (folder / "law" / "adapter_config.json").write_text('{"r": 3}')
-    assert before.of(one, 0) != Fingerprints(settings, texts).of(one, 0)
+    assert before.of(uniform, 0) != Fingerprints(settings, texts).of(uniform, 0)
 
 
 def test_records_come_back_and_only_under_the_same_settings(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The demo's contestants: the base, each expert alone, the gate-less mixture, two routers, the oracle."""
+"""The demo's methods: the base, each expert alone, the gate-less mixture, two routers, the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a contestant to a model that can be scored, and what making it cost."""
+"""From a method to a model that can be scored, and what making it cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from ...fitting import fit_router
 from ...tuner.config.mixture import MoLoraConfig
 from .merges import merge
-from .methods import Contestant
+from .methods import Method
 from .peft_baselines import arrow, xlora
 from .settings import Settings
 from .texts import Texts
@@ -64,8 +64,8 @@ BUILDERS: dict[str, Callable[[nn.Module, Mapping[str, str], Mapping[str, Any]], 
 }
 
 
-class Workshop:
-    """Builds, fits and trains contestants on one base with one set of texts.
+class MethodBuilder:
+    """Builds, fits and trains methods on one base with one set of texts.
 
     Args:
         settings: of the bake-off.
@@ -84,7 +84,7 @@ class Workshop:
         moved: nn.Module = model.to(self.device)  # type: ignore[arg-type]
         return moved
 
-    def make(self, one: Contestant, seed: int) -> tuple[nn.Module, Cost]:
+    def build(self, one: Method, seed: int) -> tuple[nn.Module, Cost]:
         """The finished model in evaluation mode.
 
         Raises:
@@ -111,7 +111,7 @@ class Workshop:
         rows = [s for s in self.texts.train if config.null_expert or s["domain"] in self.settings.experts]
         fit_router(model, rows, self.tokenizer, progress=False, **arguments)
 
-    def _train(self, model: nn.Module, one: Contestant, seed: int) -> list[float]:
+    def _train(self, model: nn.Module, one: Method, seed: int) -> list[float]:
         from .training import train
 
         wide, plan = one.own_budget, self.settings.train

@@ -1,4 +1,4 @@
-"""From scores to standings: each method's numbers, with intervals, and differences between methods."""
+"""From scores to results: each method's numbers, with intervals, and differences between methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from ..score import TurnScore
 from .build import Cost
-from .methods import BASE, EFFORT, ORACLE, REFERENCE, Contestant
+from .methods import BASE, EFFORT, ORACLE, REFERENCE, Method
 from .records import Record, Scores
 from .statistics import Array, Estimate, draw_seeds, draw_texts, estimate, over_seeds, ratio, share
 from .texts import Row
@@ -18,7 +18,7 @@ MEAN = "mean"
 
 
 @dataclass
-class Standing:
+class MethodResult:
     """One method under one measure.
 
     Attributes:
@@ -58,7 +58,7 @@ class Comparison:
     """All methods on the same bootstrap draws.
 
     Args:
-        contestants: with scores, the base among them.
+        methods: with scores, the base among them.
         records: name → one per seed.
         rows: of the table.
         measure: "loss" or "exact".
@@ -67,7 +67,7 @@ class Comparison:
 
     def __init__(
         self,
-        contestants: Sequence[Contestant],
+        methods: Sequence[Method],
         records: Mapping[str, Sequence[Record]],
         rows: Sequence[Row],
         measure: str,
@@ -80,8 +80,8 @@ class Comparison:
         self.base = self._values([records[BASE][0].scores])
         best = oracle_scores(records, rows)
         self.oracle = self._values([best])
-        self.standings: dict[str, Standing] = {}
-        for one in contestants:
+        self.results: dict[str, MethodResult] = {}
+        for one in methods:
             runs = records[one.name]
             self._add(one.name, one.group, [run.scores for run in runs], [run.cost for run in runs])
         self._add(ORACLE, REFERENCE, [best], [])
@@ -110,7 +110,7 @@ class Comparison:
 
     def _add(self, name: str, group: str, runs: Sequence[Scores], costs: Sequence[Cost]) -> None:
         values, weights = self._values(runs), self._seed_weights(len(runs))
-        one = Standing(name, group, len(runs), cost=_mean_cost(costs))
+        one = MethodResult(name, group, len(runs), cost=_mean_cost(costs))
         for row in self.rows:
             value_DS, base_DS = values[row.name], self.base[row.name]
             one.values[row.name] = estimate(over_seeds(value_DS, weights))
@@ -125,16 +125,16 @@ class Comparison:
         if self.gainful:
             one.draws[MEAN] = np.mean([one.draws[row] for row in self.gainful], axis=0)
             one.shares[MEAN] = estimate(one.draws[MEAN])
-        self.standings[name] = one
+        self.results[name] = one
 
     def difference(self, one: str, other: str, row: str = MEAN) -> Estimate:
         """How much more ``one`` keeps than ``other``, paired over texts and seeds."""
-        return estimate(self.standings[one].draws[row] - self.standings[other].draws[row])
+        return estimate(self.results[one].draws[row] - self.results[other].draws[row])
 
-    def ranked(self, group: str | None = None, row: str = MEAN) -> list[Standing]:
+    def ranked(self, group: str | None = None, row: str = MEAN) -> list[MethodResult]:
         """Methods (of a group) by their share, best first; references are no methods."""
         groups = EFFORT if group is None else (group,)
-        found = [s for s in self.standings.values() if s.group in groups and row in s.shares]
+        found = [s for s in self.results.values() if s.group in groups and row in s.shares]
         return sorted(found, key=lambda s: -np.nan_to_num(s.shares[row].value, nan=-np.inf))
 
 

@@ -25,7 +25,7 @@ _ROBUST = ("generic_share", "domain_randomisation", "switching_share")
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Method:
     """One method.
 
     Attributes:
@@ -70,25 +70,25 @@ class Contestant:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 
-def references(experts: Mapping[str, str]) -> list[Contestant]:
+def references(experts: Mapping[str, str]) -> list[Method]:
     """The base, and each expert alone; the oracle follows from their scores."""
-    alone = [Contestant(name, "expert", {"adapter": name}) for name in experts]
-    return [Contestant(BASE, "base"), *alone]
+    alone = [Method(name, "expert", {"adapter": name}) for name in experts]
+    return [Method(BASE, "base"), *alone]
 
 
-def read_contestants(extra: Path | None = None) -> list[Contestant]:
+def read_methods(extra: Path | None = None) -> list[Method]:
     """The table of this package, with a file of one's own laid over it.
 
     Raises:
         PeftMoeError: an entry that cannot be read.
     """
-    paths = [Path(__file__).with_name("contestants.yaml"), *([extra] if extra else [])]
+    paths = [Path(__file__).with_name("methods.yaml"), *([extra] if extra else [])]
     entries: dict[str, Any] = {}
     for path in paths:
         if not path.is_file():
             raise PeftMoeError(f"{path}: no such file; --methods-file takes a YAML file of methods")
         entries |= read_yaml(path)
-    found = [contestant(str(name), entry) for name, entry in entries.items() if entry is not None]
+    found = [method_from(str(name), entry) for name, entry in entries.items() if entry is not None]
     stems = [one.file_stem for one in found]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
@@ -98,7 +98,7 @@ def read_contestants(extra: Path | None = None) -> list[Contestant]:
     return found
 
 
-def contestant(name: str, entry: Mapping[str, Any]) -> Contestant:
+def method_from(name: str, entry: Mapping[str, Any]) -> Method:
     """One entry of the table.
 
     Raises:
@@ -126,7 +126,7 @@ def contestant(name: str, entry: Mapping[str, Any]) -> Contestant:
             f"method {name!r}: budget={budget!r}; of a width method alone, 'width' (its own steps on all "
             "data) or 'train' (the routers' samples and steps)"
         )
-    return Contestant(
+    return Method(
         name=name,
         kind=kind,
         fields=dict(entry[kind] or {}),
@@ -150,7 +150,7 @@ def _check_own(name: str, kind: str, own: Mapping[str, Any]) -> None:
         )
 
 
-def not_yet(one: Contestant) -> str | None:
+def unsupported_reason(one: Method) -> str | None:
     """Why this version cannot run a mixture: a router or field that it does not know; else None."""
     if one.kind != "mixture":
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .comparison import MEAN, Comparison, Standing
+from .comparison import MEAN, Comparison, MethodResult
 from .methods import FITTED, NO_DATA, RETRAINED, TRAINED
 from .statistics import Estimate
 from .texts import RUNNING, Row
@@ -54,7 +54,7 @@ def _panels(comparison: Comparison, rows: Sequence[Row]) -> list[tuple[str, str]
     return found
 
 
-def _panel(axis: Any, methods: Sequence[Standing], row: str) -> None:
+def _panel(axis: Any, methods: Sequence[MethodResult], row: str) -> None:
     for place, one in enumerate(methods):
         found = one.shares.get(row, one.changes.get(row))
         if found is None:

@@ -1,10 +1,10 @@
-"""A recommendation in plain words, computed from the standings."""
+"""A recommendation in plain words, computed from the comparison."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-from .comparison import MEAN, Comparison, Standing
+from .comparison import MEAN, Comparison, MethodResult
 from .methods import EFFORT, FITTED, NO_DATA, RETRAINED, TRAINED
 from .statistics import Estimate
 from .texts import RUNNING
@@ -54,7 +54,7 @@ def _points(difference: Estimate) -> str:
     return f"{d.value:+.1f} points [{d.low:+.1f}, {d.high:+.1f}], {word}"
 
 
-def _best_of(comparison: Comparison, group: str, one: Standing) -> str:
+def _best_of(comparison: Comparison, group: str, one: MethodResult) -> str:
     alike = [
         other.name
         for other in comparison.ranked(group)
@@ -67,14 +67,14 @@ def _best_of(comparison: Comparison, group: str, one: Standing) -> str:
     )
 
 
-def _steps(comparison: Comparison, best: list[Standing]) -> list[str]:
+def _steps(comparison: Comparison, best: list[MethodResult]) -> list[str]:
     return [
         f"{after.name} against {before.name}: {_points(comparison.difference(after.name, before.name))}."
         for before, after in pairwise(best)
     ]
 
 
-def _choose(comparison: Comparison, best: list[Standing]) -> Standing:
+def _choose(comparison: Comparison, best: list[MethodResult]) -> MethodResult:
     """The method of least effort that is not significantly worse than the best of all."""
     top = max(best, key=lambda one: one.shares[MEAN].value)
     return next(
@@ -82,7 +82,7 @@ def _choose(comparison: Comparison, best: list[Standing]) -> Standing:
     )
 
 
-def _recommendation(comparison: Comparison, chosen: Standing) -> str:
+def _recommendation(comparison: Comparison, chosen: MethodResult) -> str:
     weakest = min(comparison.gainful, key=lambda row: chosen.shares[row].value)
     top = comparison.ranked()[0]
     reason = (
@@ -97,7 +97,7 @@ def _recommendation(comparison: Comparison, chosen: Standing) -> str:
     )
 
 
-def _behind_the_switch(comparison: Comparison, chosen: Standing) -> list[str]:
+def _behind_the_switch(comparison: Comparison, chosen: MethodResult) -> list[str]:
     if RUNNING not in chosen.shares:
         return []
     top = comparison.ranked(row=RUNNING)[0]
@@ -108,7 +108,7 @@ def _behind_the_switch(comparison: Comparison, chosen: Standing) -> list[str]:
     return [f"{text}; the best there is {top.name}, {percent(top.shares[RUNNING])} ({_points(difference)})."]
 
 
-def _elsewhere(comparison: Comparison, chosen: Standing) -> list[str]:
+def _elsewhere(comparison: Comparison, chosen: MethodResult) -> list[str]:
     lines = []
     for row, change in chosen.changes.items():
         what = "the loss by" if comparison.measure == "loss" else "exact answers by"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..score import TurnScore
 from .build import Cost
-from .methods import Contestant
+from .methods import Method
 from .settings import Settings
 from .texts import Texts, digest
 
@@ -63,7 +63,7 @@ class Fingerprints:
         )
         self.samples, self.pool = digest(texts.train), digest(texts.pool)
 
-    def of(self, one: Contestant, seed: int) -> str:
+    def of(self, one: Method, seed: int) -> str:
         """The hash for one method and seed."""
         parts: dict[str, Any] = {"common": self.common, "method": one.identity(), "seed": seed}
         if one.fit is not None or one.train:
@@ -92,7 +92,7 @@ def _file_hash(path: Path) -> str:
         return f"{path.stat().st_size}-{hashlib.sha256(file.read(WHOLE)).hexdigest()[:16]}"
 
 
-def record_path(out: Path, one: Contestant, seed: int) -> Path:
+def record_path(out: Path, one: Method, seed: int) -> Path:
     """Where a run's scores lie."""
     return out / "scores" / f"{one.file_stem}-{seed}.json"
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .comparison import MEAN, Comparison, Standing
+from .comparison import MEAN, Comparison, MethodResult
 from .methods import REFERENCE
 from .recommendation import advise
 from .run import Outcome
@@ -32,7 +32,7 @@ def report(
 ) -> dict[str, Any]:
     """Print the table and the advice, write the files, and return the results as plain data."""
     comparisons = {
-        measure: Comparison(outcome.contestants, outcome.records, rows, measure, settings.score.draws)
+        measure: Comparison(outcome.methods, outcome.records, rows, measure, settings.score.draws)
         for measure in settings.score.measures
     }
     advice = advise(comparisons[settings.score.measures[0]])
@@ -76,7 +76,7 @@ def tables(comparison: Comparison, rows: Sequence[Row], console: Console) -> lis
 
     References stand on top, methods follow by their mean share.
     """
-    references = [s for s in comparison.standings.values() if s.group == REFERENCE]
+    references = [s for s in comparison.results.values() if s.group == REFERENCE]
     lines = [*references, *comparison.ranked()]
     name = Column("method", [s.name + (f" ({s.seeds} seeds)" if s.seeds > 1 else "") for s in lines])
     parts: list[list[Column]] = [[]]
@@ -100,7 +100,7 @@ def tables(comparison: Comparison, rows: Sequence[Row], console: Console) -> lis
     return found
 
 
-def columns(lines: Sequence[Standing], comparison: Comparison, rows: Sequence[Row]) -> list[Column]:
+def columns(lines: Sequence[MethodResult], comparison: Comparison, rows: Sequence[Row]) -> list[Column]:
     """The group, shares, changes and costs of the methods."""
     kinds = {kind: [row.name for row in rows if row.kind == kind] for kind in ("expert", "mixed")}
     mean = [MEAN] if comparison.gainful else []
@@ -154,7 +154,7 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
             # Paired over texts and seeds: intervals of the shares alone cannot tell two methods apart.
             "behind_best": asdict(comparison.difference(best, name)) if best else None,
         }
-        for name, one in comparison.standings.items()
+        for name, one in comparison.results.items()
     }
 
 
@@ -164,7 +164,7 @@ def write_csv(path: Path, comparisons: dict[str, Comparison]) -> None:
         writer = csv.writer(file)
         writer.writerow(["measure", "method", "group", "seeds", "row", "quantity", "value", "low", "high"])
         for measure, comparison in comparisons.items():
-            for one in comparison.standings.values():
+            for one in comparison.results.values():
                 for quantity in ("values", "shares", "changes"):
                     for row, e in getattr(one, quantity).items():
                         place = [measure, one.name, one.group, one.seeds, row, quantity.removesuffix("s")]

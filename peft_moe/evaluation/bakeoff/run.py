@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from ...errors import PeftMoeError
 from ...tuner.config.mixture import MoLoraConfig
 from ..score import score_texts
-from .build import Workshop
-from .methods import Contestant, not_yet, read_contestants, references
+from .build import MethodBuilder
+from .methods import Method, read_methods, references, unsupported_reason
 from .records import Fingerprints, Record, Scores, read_record, record_path, write_json, write_record
 from .settings import Settings
 from .texts import MARKED, RUNNING, Texts, count_tokens, load_texts
@@ -39,14 +39,14 @@ class Outcome:
     """What a run found, before any statistics.
 
     Attributes:
-        contestants: everybody with scores, references first.
+        methods: everybody with scores, references first.
         records: name → one record per seed.
         notes: name → why a method has no scores.
         failed: names of methods that broke rather than refused.
         reused: how many records were found on disk.
     """
 
-    contestants: list[Contestant]
+    methods: list[Method]
     records: dict[str, list[Record]]
     notes: dict[str, str]
     failed: list[str]
@@ -67,11 +67,11 @@ class Runner:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.base)
         self.texts: Texts = load_texts(settings)
         self.prints = Fingerprints(settings, self.texts)
-        self.workshop = Workshop(settings, self.texts, self.tokenizer, out / "trainer")
+        self.builder = MethodBuilder(settings, self.texts, self.tokenizer, out / "trainer")
         self.tokens = count_tokens(self.texts.rows, self.tokenizer, settings.score.max_length)
         self.outcome = Outcome([], {}, {}, [], 0)
 
-    def run(self, methods: Sequence[Contestant], wanted: Callable[[str], bool]) -> Outcome:
+    def run(self, methods: Sequence[Method], wanted: Callable[[str], bool]) -> Outcome:
         """Score everybody.
 
         Args:
@@ -85,7 +85,7 @@ class Runner:
             self._one(one, f"[{number}/{len(everybody)}]", selected)
         return self.outcome
 
-    def _one(self, one: Contestant, place: str, selected: bool) -> None:
+    def _one(self, one: Method, place: str, selected: bool) -> None:
         found, note = [], self._excused(one)
         if note is not None:
             if selected:
@@ -107,15 +107,15 @@ class Runner:
             if record is not None:
                 found.append(record)
         if found:
-            self.outcome.contestants.append(one)
+            self.outcome.methods.append(one)
             self.outcome.records[one.name] = found
 
-    def _excused(self, one: Contestant) -> str | None:
+    def _excused(self, one: Method) -> str | None:
         if one.own_budget and self.settings.width.steps == 0:
             return "set width.steps to the sum of the experts' own steps"
-        return not_yet(one)
+        return unsupported_reason(one)
 
-    def _attempt(self, one: Contestant, seed: int, settings: str, place: str, title: str) -> Record | None:
+    def _attempt(self, one: Method, seed: int, settings: str, place: str, title: str) -> Record | None:
         start = time.perf_counter()
         try:
             with self.console.status(f"{place} {title} …"):
@@ -126,7 +126,7 @@ class Runner:
         self._say(place, title, f"{time.perf_counter() - start:.0f} s", "green")
         return record
 
-    def _note(self, one: Contestant, error: Exception, place: str, title: str) -> None:
+    def _note(self, one: Method, error: Exception, place: str, title: str) -> None:
         ours = one.kind in ("base", "expert")
         refused = isinstance(error, PeftMoeError) or one.kind in ("merge", "arrow", "xlora")
         if ours:
@@ -141,10 +141,10 @@ class Runner:
             self.outcome.failed.append(one.name)
         self._say(place, title, f"{word}: {reason} ({trace})", "yellow" if refused else "red")
 
-    def _score(self, one: Contestant, seed: int, settings: str) -> Record:
+    def _score(self, one: Method, seed: int, settings: str) -> Record:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, cost = self.workshop.make(one, seed)
+            model, cost = self.builder.build(one, seed)
             start = time.perf_counter()
             scores, read = self._rows(model)
         cost.tokens_per_second = read / (time.perf_counter() - start)
@@ -214,7 +214,7 @@ def run_bakeoff(
         console.width = max(console.width, LOG_WIDTH)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    methods = read_contestants(methods_file)
+    methods = read_methods(methods_file)
     for pattern in (*only, *skip):
         if not any(fnmatchcase(one.name, pattern) for one in methods):
             raise PeftMoeError(f"{pattern!r} matches no method; there are {[one.name for one in methods]}")
