@@ -61,7 +61,6 @@ KNOWN_CIRCLES = (
         "tuner.config.mixture",
         "tuner.config.model_card",
     ],
-    ["evaluation.bakeoff.report", "evaluation.bakeoff.run"],
 )
 NOT_ON_IMPORT = ("trl", "sklearn", "datasets", "matplotlib")
 

@@ -42,6 +42,25 @@ class Record:
     scores: Scores
 
 
+@dataclass
+class Outcome:
+    """The scores of a run, before any statistics.
+
+    Attributes:
+        methods: every method that has scores, references first.
+        records: name → one record per seed.
+        notes: name → why a method has no scores.
+        failed: names of methods that raised an unexpected error, not a refusal.
+        reused: how many records were read from disk.
+    """
+
+    methods: list[Method]
+    records: dict[str, list[Record]]
+    notes: dict[str, str]
+    failed: list[str]
+    reused: int
+
+
 class Fingerprints:
     """Hashes of what decides a method's scores.
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from .comparison import MEAN, Comparison, MethodResult
 from .methods import REFERENCE
 from .recommendation import advise
-from .run import Outcome
+from .records import Outcome
 from .settings import Settings
 from .statistics import Estimate
 from .texts import MARKED, RUNNING, Row

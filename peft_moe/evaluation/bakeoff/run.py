@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -25,32 +25,23 @@ from ...tuner.config.mixture import MoLoraConfig
 from ..score import score_texts
 from .build import MethodBuilder
 from .methods import Method, read_methods, references, unsupported_reason
-from .records import Fingerprints, Record, Scores, read_record, record_path, write_json, write_record
+from .records import (
+    Fingerprints,
+    Outcome,
+    Record,
+    Scores,
+    read_record,
+    record_path,
+    write_json,
+    write_record,
+)
+from .report import report
 from .settings import Settings
 from .texts import MARKED, RUNNING, Texts, count_tokens, load_texts
 
 LOG_WIDTH = 200
 """Characters of a line in a log, where no terminal says how many fit."""
 PACKAGES = ("peft-moe", "peft", "transformers", "trl", "torch")
-
-
-@dataclass
-class Outcome:
-    """What a run found, before any statistics.
-
-    Attributes:
-        methods: everybody with scores, references first.
-        records: name → one record per seed.
-        notes: name → why a method has no scores.
-        failed: names of methods that broke rather than refused.
-        reused: how many records were found on disk.
-    """
-
-    methods: list[Method]
-    records: dict[str, list[Record]]
-    notes: dict[str, str]
-    failed: list[str]
-    reused: int
 
 
 class Runner:
@@ -207,8 +198,6 @@ def run_bakeoff(
     Raises:
         PeftMoeError: settings, files or patterns that cannot work.
     """
-    from .report import report
-
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, LOG_WIDTH)
