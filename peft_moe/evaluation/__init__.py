@@ -1,6 +1,5 @@
-"""Scoring: loss and exact match of any causal model on texts of one or more turns."""
+"""Evaluation: loss and exact match of any causal language model, forgetting, and the bake-off of methods."""
 
-from .gain import Score, recovered, summarise
-from .score import TurnScore, score_texts
+from .score import Score, TurnScore, recovered, score_texts, summarise
 
 __all__ = ["Score", "TurnScore", "recovered", "score_texts", "summarise"]

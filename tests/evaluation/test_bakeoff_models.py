@@ -12,9 +12,7 @@ from support.bases import VOCAB, make_base
 
 from peft_moe import MoLoraConfig, PeftMoeError
 from peft_moe.evaluation.bakeoff.build import BUILDERS
-from peft_moe.evaluation.bakeoff.merges import merge
-from peft_moe.evaluation.bakeoff.peft_baselines import arrow, xlora
-from peft_moe.evaluation.bakeoff.wide_lora import wide_lora
+from peft_moe.evaluation.bakeoff.peft_baselines import arrow, merge, wide_lora, xlora
 
 # float32 sums of a few dozen terms in another order; the adapters move the logits by more than 0.1.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
