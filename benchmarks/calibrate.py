@@ -86,7 +86,7 @@ class Timed:
             self.choices.append((ids.to(device), weights.softmax(-1).to(device)))
         self.call = 0
 
-    def operands(self) -> MixInputs:
+    def inputs(self) -> MixInputs:
         self.call += 1
         ids, weights = self.choices[self.call % ROUTINGS]
         base = functional.linear(self.x, self.W)
@@ -94,8 +94,8 @@ class Timed:
 
     def seconds(self, names: list[str], clock: Callable[[Callable[[], object]], float]) -> dict[str, float]:
         """Median of what each form adds to the base layer of the same round."""
-        runs: dict[str, Callable[[], object]] = {"base": self.operands}
-        runs |= {name: lambda f=BACKENDS[name]: f.mix(self.operands()) for name in names}
+        runs: dict[str, Callable[[], object]] = {"base": self.inputs}
+        runs |= {name: lambda f=BACKENDS[name]: f.mix(self.inputs()) for name in names}
         for run in runs.values():
             for _ in range(ROUTINGS):
                 run()
@@ -134,20 +134,20 @@ def peaks(
     return 2 * size**3 / product, 2 * len(source) / copied
 
 
-def terms(name: str, facts, known: Constants) -> list[float]:
+def terms(name: str, spec, known: Constants) -> list[float]:
     """Seconds of a form per unit of each constant that is fitted, by asking the model itself."""
     none = replace(
         known, passes=0.0, per_rank=0.0, launch=0.0, segment=0.0, sort=0.0, weight_bandwidth=1e30, kernels={}
     )
-    bare = BACKENDS[name].cost(facts, none)
+    bare = BACKENDS[name].cost(spec, none)
     unit = {"passes": 1.0, "per_rank": 1e-9, "launch": 1e-6, "segment": 1e-6, "sort": 1e-6}
     one = [
-        (BACKENDS[name].cost(facts, replace(none, **{key: unit[key]})) - bare) / unit[key]
+        (BACKENDS[name].cost(spec, replace(none, **{key: unit[key]})) - bare) / unit[key]
         for key in PARTS[name]
         if key != "weight_bandwidth"
     ]
     if "weight_bandwidth" in PARTS[name]:
-        one.append((BACKENDS[name].cost(facts, replace(none, weight_bandwidth=1e9)) - bare) * 1e9)
+        one.append((BACKENDS[name].cost(spec, replace(none, weight_bandwidth=1e9)) - bare) * 1e9)
     return [bare, *one]
 
 
@@ -157,8 +157,8 @@ PARTS = {"stacked": ["per_rank", "launch"], "grouped": ["passes", "segment", "so
 def fit(name: str, cases: list[tuple[object, dict[str, float]]], known: Constants) -> Constants:
     """The constants of one form, by least squares of relative errors; a negative one is left at zero."""
     rows, wanted = [], []
-    for facts, seconds in cases:
-        bare, *parts = terms(name, facts, known)
+    for spec, seconds in cases:
+        bare, *parts = terms(name, spec, known)
         rows.append([part / seconds[name] for part in parts])
         wanted.append((seconds[name] - bare) / seconds[name])
     left = list(range(len(PARTS[name])))
@@ -185,10 +185,10 @@ def kernels(cases: list[tuple[object, dict[str, float]]], known: Constants) -> d
     for name in KERNELS:
         timed = sorted(((f.tokens, f, s) for f, s in cases if name in s), key=lambda case: case[0])
         won = []
-        for tokens, facts, seconds in reversed(timed):
+        for tokens, spec, seconds in reversed(timed):
             if min(seconds, key=seconds.__getitem__) != name:
                 break
-            won.append((tokens, facts, seconds[name]))
+            won.append((tokens, spec, seconds[name]))
         if won:
             bare = replace(known, kernels={name: Kernel(0, False, 0.0, 1.0)})
             launch = statistics.median(s - BACKENDS[name].cost(f, bare) for _, f, s in won)
@@ -206,11 +206,11 @@ def calibrate(dtype: torch.dtype, device: str, shapes: list[Shape], say=print) -
     with torch.no_grad():
         for shape in shapes:
             timed = Timed(shape, dtype, device)
-            facts = call_spec_of(timed.operands())
-            names = [n for n in (*FITTED, *KERNELS) if BACKENDS[n].supports(facts) is None]
-            if BACKENDS["gather"].cost(facts, known) < math.inf:
+            spec = call_spec_of(timed.inputs())
+            names = [n for n in (*FITTED, *KERNELS) if BACKENDS[n].supports(spec) is None]
+            if BACKENDS["gather"].cost(spec, known) < math.inf:
                 names.append("gather")  # of the same constants
-            cases.append((facts, timed.seconds(names, clock)))
+            cases.append((spec, timed.seconds(names, clock)))
     for name in FITTED:
         own = [case for case in cases if name in case[1]]
         if len(own) > len(PARTS[name]):
@@ -219,12 +219,12 @@ def calibrate(dtype: torch.dtype, device: str, shapes: list[Shape], say=print) -
     say(f"\n{device}, {dtype}: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
     say("| tokens, layer, experts | measured us | predicted us | chosen now, regret | with shipped |")
     say("|---|---|---|---|---|")
-    for shape, (facts, seconds) in zip(shapes, cases, strict=True):
+    for shape, (spec, seconds) in zip(shapes, cases, strict=True):
         cells = [f"{shape.tokens}, {shape.width}x{shape.out}, {shape.experts}x{shape.rank}"]
         cells.append(", ".join(f"{n} {1e6 * s:.0f}" for n, s in seconds.items()))
-        cells.append(", ".join(f"{n} {1e6 * BACKENDS[n].cost(facts, known):.0f}" for n in seconds))
+        cells.append(", ".join(f"{n} {1e6 * BACKENDS[n].cost(spec, known):.0f}" for n in seconds))
         for constants in (known, shipped):
-            chosen = min(seconds, key=lambda n: BACKENDS[n].cost(facts, constants))
+            chosen = min(seconds, key=lambda n: BACKENDS[n].cost(spec, constants))
             cells.append(f"{chosen} {seconds[chosen] / min(seconds.values()):.2f}")
         say("| " + " | ".join(cells) + " |")
     return known

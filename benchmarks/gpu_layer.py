@@ -88,7 +88,7 @@ class Case:
         self.gates = torch.zeros_like(scores).scatter(1, self.ids, self.weights)
         self.ranks = RankMap((rank,) * experts, (1.0,) * experts)
 
-    def operands(self, x: Tensor, weights: Tensor) -> MixInputs:
+    def inputs(self, x: Tensor, weights: Tensor) -> MixInputs:
         base = functional.linear(x, self.W)
         return MixInputs(x, self.A, self.B, weights, self.ranks, base, self.ids, weights)
 
@@ -126,14 +126,14 @@ def forward_variants(case: Case) -> dict[str, Callable[[], object]]:
     for name, rank in (("lora r", case.r), ("lora kr", K * case.r), ("lora Er", case.E * case.r)):
         model = case.lora(rank)
         found[name] = lambda m=model: m(case.x)
-    choice = choose(call_spec_of(case.operands(case.x, case.weights)))
+    choice = choose(call_spec_of(case.inputs(case.x, case.weights)))
     for name in choice.costs:
-        found[name] = lambda f=BACKENDS[name]: f.mix(case.operands(case.x, case.weights))
+        found[name] = lambda f=BACKENDS[name]: f.mix(case.inputs(case.x, case.weights))
     if case.E > 8:
         found.pop("reference", None)
     if case.tokens > 512:  # gigabytes of copied slabs
         found.pop("gather", None)
-    RESULTS["auto"] = choice.form.name
+    RESULTS["auto"] = choice.backend.name
     return found
 
 
@@ -150,14 +150,14 @@ def training_variants(case: Case) -> dict[str, Callable[[], object]]:
         model = case.lora(rank)
         found[name] = lambda m=model: (backward(m(x)), m.zero_grad())
     with torch.enable_grad():
-        choice = choose(call_spec_of(case.operands(x, weights)))
+        choice = choose(call_spec_of(case.inputs(x, weights)))
     for name in choice.costs:
-        found[name] = lambda f=BACKENDS[name]: backward(f.mix(case.operands(x, weights)))
+        found[name] = lambda f=BACKENDS[name]: backward(f.mix(case.inputs(x, weights)))
     if case.E > 8:
         found.pop("reference", None)
     if case.tokens > 512:  # gigabytes of copied slabs
         found.pop("gather", None)
-    RESULTS["auto"] = choice.form.name
+    RESULTS["auto"] = choice.backend.name
     return found
 
 

@@ -32,5 +32,5 @@ __all__ = [
 
 _OWN = (Folded(), Stacked(), Grouped(), Gather(), Reference())
 _TRITON = (TritonStacked(), TritonSorted(), TritonGather())
-for _form in (*_OWN, *_TRITON):
-    register_backend(_form)
+for _backend in (*_OWN, *_TRITON):
+    register_backend(_backend)

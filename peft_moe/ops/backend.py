@@ -81,23 +81,23 @@ class Backend(Protocol):
 
     name: str
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """None if it can serve such a call, else the reason why not, for the user to read."""
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Predicted seconds that the mixture adds to the base layer and the router."""
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """The base's output plus the mixture's, [N, O], in the dtype of ``base_NO``."""
 
 
 BACKENDS: dict[str, Backend] = {}
 
 
-def register_backend(form: Backend) -> None:
+def register_backend(backend: Backend) -> None:
     """Offer a form under its name; of two that cost the same, the one registered first is taken."""
-    assert form.name not in BACKENDS, form.name
-    BACKENDS[form.name] = form
+    assert backend.name not in BACKENDS, backend.name
+    BACKENDS[backend.name] = backend
 
 
 def product_dtype(x_NI: Tensor, A_RI: Tensor) -> torch.dtype:

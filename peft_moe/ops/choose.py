@@ -1,4 +1,8 @@
-"""Which form serves a call: the cheapest of those that can, by a model of FLOPs and bytes.
+"""The choice of the backend that serves a call: the cheapest one that can, by a model of FLOPs and bytes.
+
+Why a model and not a measurement: a choice must depend on the shapes alone, so that two runs on one device
+compute the same bits, and it must cost nothing in a decode step. The model needs a few constants per device
+(``device_costs``); ``benchmarks/calibrate.py`` fits them.
 
 Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts.
 """
@@ -19,46 +23,46 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What serves a kind of call, and why.
+    """The backend that serves a kind of call, and the reasons.
 
     Attributes:
-        form: the one that was chosen.
-        costs: predicted seconds of every form that could serve it, cheapest first.
-        refused: the others, with their reasons.
-        asked: the name that was asked for; None where the model chose.
+        backend: the chosen one.
+        costs: predicted seconds of every backend that could serve the call, cheapest first.
+        refused: the other backends, with their reasons.
+        asked: the name that was asked for; None where the cost model chose.
     """
 
-    form: Backend
+    backend: Backend
     costs: dict[str, float]
     refused: dict[str, str]
     asked: str | None = None
 
     def explain(self) -> str:
-        """In a few lines: what, why, and at which predicted cost."""
+        """Return a few lines: the choice, its reason, the predicted costs, the refusals."""
         why = "asked for" if self.asked else "cheapest by the model"
-        lines = [f"{self.form.name}: {why}"]
+        lines = [f"{self.backend.name}: {why}"]
         lines += [f"  {name}: {1e6 * cost:.1f} us predicted" for name, cost in self.costs.items()]
         lines += [f"  {name}: not here, {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
 
 def check_backend(name: str) -> None:
-    """Refuse a name that no form has.
+    """Refuse a name that is neither "auto" nor a backend's.
 
     Raises:
-        PeftMoeError: with near matches.
+        PeftMoeError: the name is unknown; the message lists near matches.
     """
     if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise PeftMoeError(f"backend={name!r} is not known.{near_matches(str(name), ['auto', *BACKENDS])}")
 
 
-def call_spec_of(operands: MixInputs) -> CallSpec:
-    """What a call's tensors say of it, without their numbers."""
-    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = operands
+def call_spec_of(inputs: MixInputs) -> CallSpec:
+    """Describe a call by its tensors' shapes, dtypes and devices, without reading their values."""
+    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = inputs
     trains = set()
     if torch.is_grad_enabled():
-        wanted = {"x": (x_NI,), "experts": (A_RI, B_RO), "gates": (gates,), "base": (base_NO,)}
-        trains = {name for name, tensors in wanted.items() if any(t.requires_grad for t in tensors)}
+        groups = {"x": (x_NI,), "experts": (A_RI, B_RO), "gates": (gates,), "base": (base_NO,)}
+        trains = {name for name, tensors in groups.items() if any(t.requires_grad for t in tensors)}
     return CallSpec(
         tokens=x_NI.shape[0],
         in_features=x_NI.shape[1],
@@ -73,33 +77,34 @@ def call_spec_of(operands: MixInputs) -> CallSpec:
     )
 
 
-def choose(facts: CallSpec, backend: str | None = None) -> BackendChoice:
-    """The cheapest form for a call.
+def choose(spec: CallSpec, name: str | None = None) -> BackendChoice:
+    """Choose the backend for a call.
 
     Args:
-        facts: the call.
-        backend: a form's name, which is then taken; None or "auto" lets the model choose.
+        spec: the call.
+        name: the backend to take; None or "auto" takes the cheapest one.
 
     Raises:
-        PeftMoeError: no form has that name, or it cannot serve the call; with the reason.
+        PeftMoeError: no backend has that name, or it cannot serve the call; the message gives the reason.
     """
-    constants = constants_for(facts.device, facts.dtype)
-    if backend is not None and backend != "auto":
-        check_backend(backend)
-        form = BACKENDS[backend]
-        reason = form.supports(facts)
+    constants = constants_for(spec.device, spec.dtype)
+    if name is not None and name != "auto":
+        check_backend(name)
+        backend = BACKENDS[name]
+        reason = backend.supports(spec)
         if reason is not None:
-            raise PeftMoeError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
-        return BackendChoice(form, {backend: form.cost(facts, constants)}, {}, backend)
+            raise PeftMoeError(f"backend={name!r} cannot serve this call: {reason}; use backend='auto'")
+        return BackendChoice(backend, {name: backend.cost(spec, constants)}, {}, name)
     costs, refused = {}, {}
-    for name, form in BACKENDS.items():
-        reason = form.supports(facts)
+    for candidate, backend in BACKENDS.items():
+        reason = backend.supports(spec)
         if reason is None:
-            costs[name] = form.cost(facts, constants)
+            costs[candidate] = backend.cost(spec, constants)
         else:
-            refused[name] = reason
+            refused[candidate] = reason
+    # The sort is stable: of equal costs, the backend that was registered first wins.
     costs = dict(sorted(costs.items(), key=lambda item: item[1]))
     choice = BackendChoice(BACKENDS[next(iter(costs))], costs, refused)
-    if not facts.compiling and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%d tokens, %s: %s", facts.tokens, facts.dtype, choice.explain())
+    if not spec.compiling and _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%d tokens, %s: %s", spec.tokens, spec.dtype, choice.explain())
     return choice

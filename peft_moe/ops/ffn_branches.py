@@ -18,7 +18,9 @@ from .mix import mix
 from .rank_map import RankMap
 
 
-def with_rest(ids_NK: Tensor, weights_NK: Tensor, experts: int, *, in_place: bool) -> tuple[Tensor, Tensor]:
+def with_base_branch(
+    ids_NK: Tensor, weights_NK: Tensor, experts: int, *, in_place: bool
+) -> tuple[Tensor, Tensor]:
     """Branches whose weights sum to 1: what the experts leave goes to the base.
 
     Args:
@@ -38,7 +40,7 @@ def with_rest(ids_NK: Tensor, weights_NK: Tensor, experts: int, *, in_place: boo
     return torch.cat([ids_NK, none_N1], dim=-1), torch.cat([weights_NK, rest_N1], dim=-1)
 
 
-def part(
+def expand_branches(
     x_NI: Tensor, A_RI: Tensor, B_RO: Tensor, ids_NK: Tensor, ranks: RankMap, base_NO: Tensor, backend: str
 ) -> Tensor:
     """A linear that reads the block's input: ``base + scaling_e · (x Aₑᵀ) Bₑ`` for each branch's expert e.
@@ -70,13 +72,13 @@ def part(
     return mixed_PO.view(branches, tokens, -1)
 
 
-def meet(h_KNF: Tensor, weights_NK: Tensor) -> Tensor:
+def combine_branches(h_KNF: Tensor, weights_NK: Tensor) -> Tensor:
     """What the base's last linear is applied to, ``Σ_k w_k h_k`` [N, F], in the dtype of ``h_KNF``."""
     weights_KN1 = weights_NK.T.to(h_KNF.dtype)[..., None]
     return (h_KNF * weights_KN1).sum(0)
 
 
-def meet_delta(
+def combine_branch_deltas(
     h_KNF: Tensor,
     A_RF: Tensor,
     B_RO: Tensor,
@@ -93,7 +95,7 @@ def meet_delta(
         A_RF, B_RO: the experts' factors on one rank axis.
         ids_NK, weights_NK: the branches, [N, K] or [1, K].
         ranks: the segments of R.
-        base_NO: the base layer's output for :func:`meet`, [N, O].
+        base_NO: the base layer's output for :func:`combine_branches`, [N, O].
         backend: as in :func:`~peft_moe.ops.mix`.
 
     Returns:

@@ -65,18 +65,18 @@ def mix(
     own = (overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling(), fp32_NI)
     if weights_NK is None:
         assert gates_NE is not None, "gates for all experts, or the chosen ones"
-        operands = MixInputs(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False, *own)
+        inputs = MixInputs(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False, *own)
     else:
         assert expert_ids_NK is not None, "weights of whom?"
         chosen = (expert_ids_NK, weights_NK, may_select_null)
-        operands = MixInputs(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, *chosen, *own)
-    return _choice(operands, backend).form.mix(operands)
+        inputs = MixInputs(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, *chosen, *own)
+    return _choice(inputs, backend).backend.mix(inputs)
 
 
-def _choice(operands: MixInputs, backend: str | None) -> BackendChoice:
+def _choice(inputs: MixInputs, backend: str | None) -> BackendChoice:
     if torch.compiler.is_compiling():
-        return choose(call_spec_of(operands), backend)
-    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = operands
+        return choose(call_spec_of(inputs), backend)
+    x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = inputs
     device = x_NI.device.type
     grads = torch.is_grad_enabled() and (
         x_NI.requires_grad,
@@ -93,5 +93,5 @@ def _choice(operands: MixInputs, backend: str | None) -> BackendChoice:
     if found is None:
         if len(ranks.choices) >= _REMEMBERED:
             ranks.choices.clear()
-        found = ranks.choices[key] = choose(call_spec_of(operands), backend)
+        found = ranks.choices[key] = choose(call_spec_of(inputs), backend)
     return found

@@ -27,7 +27,7 @@ class _Refuse(torch.autograd.Function):
         )
 
 
-def once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Decorates the ``backward`` of a Function: its gradients are numbers, without a graph of their own.
 
     Where a graph was asked for, they come with one that raises as soon as it is used.

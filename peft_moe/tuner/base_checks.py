@@ -23,7 +23,7 @@ def refuse_unfit_backend(config: MoLoraConfig, model: nn.Module) -> None:
     settings = config.router_settings()
     chooses = settings.is_sparse and settings.topk_method == "greedy"
     experts = settings.num_experts
-    facts = CallSpec(
+    spec = CallSpec(
         tokens=1,
         in_features=16,
         out_features=16,
@@ -36,4 +36,4 @@ def refuse_unfit_backend(config: MoLoraConfig, model: nn.Module) -> None:
         trains=frozenset(),
         compiling=False,
     )
-    choose(facts, config.backend)
+    choose(spec, config.backend)

@@ -19,10 +19,10 @@ def test_exact_times_give_back_the_constants_behind_them():
         known, passes=5.0, per_rank=2e-9, launch=3e-5, segment=4e-6, sort=5e-5, weight_bandwidth=1e10
     )
     shapes = [shape for shape in CPU if shape.tokens * shape.out <= 512 * 1024]
-    facts = [call_spec_of(Timed(shape, torch.float32, "cpu").operands()) for shape in shapes]
+    spec = [call_spec_of(Timed(shape, torch.float32, "cpu").inputs()) for shape in shapes]
     found = known
     for name in FITTED:
-        cases = [(one, {name: BACKENDS[name].cost(one, made)}) for one in facts]
+        cases = [(one, {name: BACKENDS[name].cost(one, made)}) for one in spec]
         found = fit(name, cases, found)
     for key, value in asdict(made).items():
         if isinstance(value, float):

@@ -110,21 +110,21 @@ def test_a_forward_pass_waits_for_nothing(zoo: Zoo, of_the_base: set[str], routi
     assert prefill_and_decode(model) <= of_the_base
 
 
-@pytest.mark.parametrize("form", ["stacked", "gather"])
-def test_no_fast_form_waits(zoo: Zoo, of_the_base: set[str], form: str) -> None:
-    model = zoo.mixture("llama", "top2", backend=form)
+@pytest.mark.parametrize("backend", ["stacked", "gather"])
+def test_no_fast_backend_waits(zoo: Zoo, of_the_base: set[str], backend: str) -> None:
+    model = zoo.mixture("llama", "top2", backend=backend)
     prefill_and_decode(model)
     assert prefill_and_decode(model) <= of_the_base
 
 
-def test_the_form_that_counts_is_refused_where_it_would_wait(zoo: Zoo) -> None:
+def test_the_backend_that_counts_is_refused_where_it_would_wait(zoo: Zoo) -> None:
     model = zoo.mixture("llama", "top2", backend=COUNTS)
     assert any("tolist" in line for line in prefill_and_decode(model))
-    facts = {"tokens": 64, "in_features": 64, "out_features": 64, "chosen": 2, "one_row": False}
-    facts |= {"dtype": torch.float32, "trains": frozenset(), "compiling": False}
+    spec = {"tokens": 64, "in_features": 64, "out_features": 64, "chosen": 2, "one_row": False}
+    spec |= {"dtype": torch.float32, "trains": frozenset(), "compiling": False}
     ranks = RankMap((8,) * 4, (1.0,) * 4)
-    assert BACKENDS[COUNTS].supports(CallSpec(ranks=ranks, device="cpu", **facts)) is None
-    reason = BACKENDS[COUNTS].supports(CallSpec(ranks=ranks, device="cuda", **facts))
+    assert BACKENDS[COUNTS].supports(CallSpec(ranks=ranks, device="cpu", **spec)) is None
+    reason = BACKENDS[COUNTS].supports(CallSpec(ranks=ranks, device="cuda", **spec))
     assert "wait for the host" in str(reason)
 
 

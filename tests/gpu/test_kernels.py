@@ -1,4 +1,4 @@
-"""The forms on a GPU against the loop in float64: output, gradients, no wait for the host, CUDA graphs."""
+"""The backends on a GPU against the loop in float64: output, gradients, no wait for the host, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ def call(m: Mixture, backend: str | None, **changes):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
-@pytest.mark.parametrize("form", [*TRITON, "stacked", "grouped"])
-def test_forward(form, tokens, width, out, ranks, chosen, dtype):
+@pytest.mark.parametrize("backend", [*TRITON, "stacked", "grouped"])
+def test_forward(backend, tokens, width, out, ranks, chosen, dtype):
     m = draw_mixture(tokens, width, out, ranks, chosen, dtype=dtype, device="cuda")
-    if form == "triton_gather" and tokens > 64:
+    if backend == "triton_gather" and tokens > 64:
         m = draw_mixture(16, width, out, ranks, chosen, dtype=dtype, device="cuda")
-    skip_unless_served(m, form)
+    skip_unless_served(m, backend)
     with torch.no_grad(), poisoned():
-        assert distance(call(m, form), m.wanted()) <= BOUNDS[dtype]
+        assert distance(call(m, backend), m.wanted()) <= BOUNDS[dtype]
 
 
-def skip_unless_served(m: Mixture, form: str, trains: bool = False) -> None:
-    if form not in BACKENDS:
-        pytest.skip("there is no such form yet")
+def skip_unless_served(m: Mixture, backend: str, trains: bool = False) -> None:
+    if backend not in BACKENDS:
+        pytest.skip("this backend does not exist yet")
     weights = m.weights.clone().requires_grad_(trains)
-    facts = call_spec_of(MixInputs(m.x, m.a, m.b, m.dense, m.ranks, m.base, m.ids, weights))
-    reason = choose(facts).refused.get(form)
+    spec = call_spec_of(MixInputs(m.x, m.a, m.b, m.dense, m.ranks, m.base, m.ids, weights))
+    reason = choose(spec).refused.get(backend)
     if reason:
         pytest.skip(reason)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
-@pytest.mark.parametrize("form", ["triton_stacked", "triton_sorted", "stacked", "grouped"])
-def test_gradients(form, tokens, width, out, ranks, chosen, dtype):
+@pytest.mark.parametrize("backend", ["triton_stacked", "triton_sorted", "stacked", "grouped"])
+def test_gradients(backend, tokens, width, out, ranks, chosen, dtype):
     m = draw_mixture(tokens, width, out, ranks, chosen, dtype=dtype, device="cuda")
-    skip_unless_served(m, form, trains=True)
+    skip_unless_served(m, backend, trains=True)
     leaves = {"x": m.x, "weights": m.weights, "base": m.base}
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
     direction = torch.randn(tokens, out, device="cuda").to(dtype)
     with poisoned():
-        found = torch.autograd.grad(call(m, form, **leaves), list(leaves.values()), direction)
+        found = torch.autograd.grad(call(m, backend, **leaves), list(leaves.values()), direction)
     wanted_dx, wanted_dw = m.wanted_gradients(direction)
     assert distance(found[0], wanted_dx) <= BOUNDS[dtype]
     absent = m.ids.cpu() == len(ranks)
@@ -86,55 +86,55 @@ def test_dense_gates(rows):
         assert distance(one, other) <= BOUNDS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("form", TRITON)
-def test_a_token_gets_the_same_bits_in_any_company(form):
+@pytest.mark.parametrize("backend", TRITON)
+def test_a_token_gets_the_same_bits_in_any_company(backend):
     m = draw_mixture(48, 256, 384, (16,) * 8, 2, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
-        out = call(m, form)
-        assert torch.equal(call(m, form), out)
+        out = call(m, backend)
+        assert torch.equal(call(m, backend), out)
         order = torch.randperm(48, device="cuda")
         m.x, m.base, m.ids, m.weights = (t[order] for t in (m.x, m.base, m.ids, m.weights))
-        assert torch.equal(call(m, form), out[order])
+        assert torch.equal(call(m, backend), out[order])
 
 
-@pytest.mark.parametrize("form", [None, *TRITON, "stacked", "gather"])
+@pytest.mark.parametrize("backend", [None, *TRITON, "stacked", "gather"])
 @pytest.mark.parametrize("tokens", [1, 8, 64])
-def test_forward_never_waits_for_the_device(form, tokens):
+def test_forward_never_waits_for_the_device(backend, tokens):
     m = draw_mixture(tokens, 256, 384, (16,) * 8, 2, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
-        call(m, form)  # tables of the rank axis are copied once
+        call(m, backend)  # tables of the rank axis are copied once
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            call(m, form)
+            call(m, backend)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("form", ["triton_stacked", "triton_sorted", "stacked"])
-def test_a_training_step_never_waits_for_the_device(form):
+@pytest.mark.parametrize("backend", ["triton_stacked", "triton_sorted", "stacked"])
+def test_a_training_step_never_waits_for_the_device(backend):
     m = draw_mixture(512, 256, 384, (16,) * 8, 2, dtype=torch.bfloat16, device="cuda")
     weights = m.weights.clone().requires_grad_()
     for debug in ("default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(debug)
         try:
-            call(m, form, weights=weights).sum().backward()
+            call(m, backend, weights=weights).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("form", [None, *TRITON, "stacked", "gather"])
-def test_a_decode_step_in_a_cuda_graph_follows_new_choices(form):
+@pytest.mark.parametrize("backend", [None, *TRITON, "stacked", "gather"])
+def test_a_decode_step_in_a_cuda_graph_follows_new_choices(backend):
     m = draw_mixture(4, 256, 384, (16,) * 8, 2, dtype=torch.bfloat16, device="cuda")
     side = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(side):
         for _ in range(3):
-            call(m, form)
+            call(m, backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        out = call(m, form)
+        out = call(m, backend)
     other = draw_mixture(4, 256, 384, (16,) * 8, 2, dtype=torch.bfloat16, device="cuda", seed=9)
     for name in ("x", "base", "ids", "weights"):
         getattr(m, name).copy_(getattr(other, name))
@@ -146,7 +146,7 @@ def test_a_decode_step_in_a_cuda_graph_follows_new_choices(form):
 
 @pytest.mark.parametrize("sizes", [(0, 24, 0, 8), (32, 0, 0, 0), (0, 0, 0, 32), (8, 8, 8, 8)])
 def test_torch_grouped_product_with_empty_groups(sizes):
-    """What the grouped form relies on: groups without a row, forward and backward."""
+    """The grouped backend relies on this: groups without a row, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 64, generator=generator).cuda().bfloat16().requires_grad_()
     w = torch.randn(4, 64, 48, generator=generator).cuda().bfloat16().requires_grad_()

@@ -14,7 +14,7 @@ from peft_moe.errors import PeftMoeError
 from peft_moe.ops import BACKENDS, mix
 from peft_moe.ops.token_groups import group
 
-CHOSEN_FORMS = ["stacked", "grouped", "gather"]
+SPARSE_BACKENDS = ["stacked", "grouped", "gather"]
 # (tokens, in, out, ranks, chosen): odd sizes, unequal ranks, experts without ranks, one token, all chosen;
 # "native" fits torch's grouped GEMM in float32, and has bins in narrower dtypes.
 SHAPES = [
@@ -45,9 +45,9 @@ def draw(*args: Any, dtype: torch.dtype, **kwargs: Any) -> Mixture:
     return m
 
 
-def call(form: str, m: Mixture, weights: Tensor | None = None) -> Tensor:
+def call(backend: str, m: Mixture, weights: Tensor | None = None) -> Tensor:
     weights = m.weights if weights is None else weights
-    return mix(m.x, m.a, m.b, None, m.ranks, m.base, expert_ids_NK=m.ids, weights_NK=weights, backend=form)
+    return mix(m.x, m.a, m.b, None, m.ranks, m.base, expert_ids_NK=m.ids, weights_NK=weights, backend=backend)
 
 
 def gradients(run: Any, m: Mixture, direction: Tensor) -> tuple[Tensor, ...]:
@@ -67,14 +67,14 @@ def _poison():
 
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
 @pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
-@pytest.mark.parametrize("form", CHOSEN_FORMS)
-def test_forward_and_gradients(form, tokens, width, out, ranks, chosen, dtype, bound):
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+def test_forward_and_gradients(backend, tokens, width, out, ranks, chosen, dtype, bound):
     m = draw(tokens, width, out, ranks, chosen, dtype=dtype)
-    found = call(form, m)
+    found = call(backend, m)
     assert found.dtype == dtype
     assert distance(found, m.wanted()) <= bound
     direction = torch.randn(tokens, out, generator=torch.Generator().manual_seed(5)).to(dtype)
-    mine = gradients(partial(call, form), m, direction)
+    mine = gradients(partial(call, backend), m, direction)
     wide = m.wide()
     loop = gradients(
         lambda own: mix(own.x, own.a, own.b, own.dense, own.ranks, own.base, backend="reference"),
@@ -85,14 +85,14 @@ def test_forward_and_gradients(form, tokens, width, out, ranks, chosen, dtype, b
         assert distance(one, other) <= bound, name
 
 
-@pytest.mark.parametrize("form", ["stacked", "gather"])
+@pytest.mark.parametrize("backend", ["stacked", "gather"])
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
-def test_one_choice_for_all_tokens(form, dtype, bound):
+def test_one_choice_for_all_tokens(backend, dtype, bound):
     m = draw(19, 24, 40, (8, 3, 8, 5), 2, dtype=dtype, none=False)
     m.ids, m.weights = m.ids[:1], m.weights[:1]
     wide = m.wide()
     gates = wide.weights.new_zeros(1, 4).scatter(1, m.ids, wide.weights)
-    assert distance(call(form, m), m.wanted(gates.expand(19, 4))) <= bound
+    assert distance(call(backend, m), m.wanted(gates.expand(19, 4))) <= bound
 
 
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
@@ -114,28 +114,28 @@ def test_one_row_of_gates_folds_into_one_lora(ranks, dtype, bound):
         assert distance(one, other) <= (4 * bound if name == "gates" else bound), name
 
 
-@pytest.mark.parametrize("form", CHOSEN_FORMS)
-def test_non_contiguous_inputs(form):
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+def test_non_contiguous_inputs(backend):
     m = draw_mixture(9, 16, 24, (4, 4, 4), 2)
     wanted = m.wanted()
     wide = torch.full((18, 40), float("nan"))
     wide[::2, :16], wide[1::2, 16:] = m.x, m.base
     m.x, m.base = wide[::2, :16], wide[1::2, 16:]
     m.a, m.b, m.ids, m.weights = (t.T.contiguous().T for t in (m.a, m.b, m.ids, m.weights))
-    assert distance(call(form, m), wanted) <= 1e-5
+    assert distance(call(backend, m), wanted) <= 1e-5
     direction = torch.ones(1).expand(9, 24)  # as of a sum
     weights = m.weights.clone().requires_grad_()
-    call(form, m, weights).backward(direction)
+    call(backend, m, weights).backward(direction)
     wanted_dw = m.wanted_gradients(torch.ones(9, 24))[1].masked_fill(m.ids == 3, 0.0)
     assert distance(weights.grad.masked_fill(m.ids == 3, 0.0), wanted_dw) <= 1e-5
 
 
-@pytest.mark.parametrize("form", CHOSEN_FORMS)
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_tokens_on_one_expert(form, dtype):
+def test_all_tokens_on_one_expert(backend, dtype):
     m = draw_mixture(75, 24, 16, (4,) * 6, 1, none=False, among=1, dtype=dtype)
     assert (m.ids == 0).all()
-    assert distance(call(form, m), m.wanted()) <= (1e-5 if dtype == torch.float32 else 4 * 2**-8)
+    assert distance(call(backend, m), m.wanted()) <= (1e-5 if dtype == torch.float32 else 4 * 2**-8)
 
 
 @pytest.mark.parametrize("among", [2, 5, 16])
@@ -158,23 +158,23 @@ def test_uneven_choices_in_narrow_dtypes(among):
         assert distance(one, other) <= 4 * 2**-8
 
 
-@pytest.mark.parametrize("form", CHOSEN_FORMS)
-def test_a_broken_expert_touches_nobody_who_did_not_choose_it(form):
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+def test_a_broken_expert_touches_nobody_who_did_not_choose_it(backend):
     m = draw_mixture(40, 24, 16, (4,) * 4, 2, none=False)
     m.a[4:8] = 1e38  # h of the second expert is infinite
-    out, chose = call(form, m), (m.ids == 1).any(-1)
+    out, chose = call(backend, m), (m.ids == 1).any(-1)
     assert chose.any()
     assert not chose.all()
     assert not torch.isfinite(out[chose]).all()
     assert distance(out[~chose], m.wanted()[~chose]) <= 1e-5
 
 
-@pytest.mark.parametrize("form", CHOSEN_FORMS)
-def test_autocast_multiplies_narrow_and_leaves_the_base_dtype(form):
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+def test_autocast_multiplies_narrow_and_leaves_the_base_dtype(backend):
     m = draw_mixture(33, 24, 16, (8,) * 4, 2)
     weights = m.weights.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = call(form, m, weights)
+        out = call(backend, m, weights)
     out.square().sum().backward()
     assert out.dtype == torch.float32
     assert torch.isfinite(weights.grad).all()
@@ -182,18 +182,18 @@ def test_autocast_multiplies_narrow_and_leaves_the_base_dtype(form):
     assert 1e-5 < distance(out, m.wanted()) <= 5 * 2**-8
 
 
-@pytest.mark.parametrize("form", [name for name in BACKENDS if "triton" not in name])
-def test_a_second_derivative_is_right_or_refused(form):
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "triton" not in name])
+def test_a_second_derivative_is_right_or_refused(backend):
     m = draw(7, 8, 8, (4,) * 3, 2, dtype=torch.float64, none=False)
-    gates = m.weights[:1] if form == "folded" else m.weights
+    gates = m.weights[:1] if backend == "folded" else m.weights
     leaf = gates.clone().requires_grad_()
-    if form == "folded":
+    if backend == "folded":
         dense = leaf.new_zeros(1, 3).scatter(1, m.ids[:1], leaf)
-        out = mix(m.x, m.a, m.b, dense, m.ranks, m.base, backend=form)
+        out = mix(m.x, m.a, m.b, dense, m.ranks, m.base, backend=backend)
     else:
-        out = call(form, m, leaf)
+        out = call(backend, m, leaf)
     (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
-    if form in ("stacked", "grouped"):
+    if backend in ("stacked", "grouped"):
         with pytest.raises(PeftMoeError, match="second derivative"):
             first.sum().backward()
     else:
@@ -202,16 +202,18 @@ def test_a_second_derivative_is_right_or_refused(form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", [*CHOSEN_FORMS, "folded", "dense"])
-def test_the_sum_takes_the_place_of_a_base_that_nobody_needs(form, dtype):
+@pytest.mark.parametrize("backend", [*SPARSE_BACKENDS, "folded", "dense"])
+def test_the_sum_takes_the_place_of_a_base_that_nobody_needs(backend, dtype):
     m = draw_mixture(9, 16, 24, (8, 8, 8), 2, none=False, dtype=dtype)
-    if form in CHOSEN_FORMS:
+    if backend in SPARSE_BACKENDS:
         run = partial(
-            mix, m.x, m.a, m.b, None, m.ranks, expert_ids_NK=m.ids, weights_NK=m.weights, backend=form
+            mix, m.x, m.a, m.b, None, m.ranks, expert_ids_NK=m.ids, weights_NK=m.weights, backend=backend
         )
     else:
-        gates = m.dense if form == "dense" else m.dense[:1]
-        run = partial(mix, m.x, m.a, m.b, gates, m.ranks, backend="stacked" if form == "dense" else form)
+        gates = m.dense if backend == "dense" else m.dense[:1]
+        run = partial(
+            mix, m.x, m.a, m.b, gates, m.ranks, backend="stacked" if backend == "dense" else backend
+        )
     before = m.base.clone()
     kept = run(m.base)
     assert torch.equal(m.base, before)

@@ -15,7 +15,7 @@ from peft_moe.errors import PeftMoeError
 from peft_moe.ops import BACKENDS, CallSpec, RankMap, choose
 from peft_moe.ops import device_costs as constants_file
 from peft_moe.ops.device_costs import DEVICES, SHIPPED, constants_for, read_devices
-from peft_moe.ops.triton import backends as triton_forms
+from peft_moe.ops.triton import backends as triton_backends
 
 H100 = "NVIDIA H100 80GB HBM3"
 PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-h100-layer.md"
@@ -24,7 +24,7 @@ TRITON = [name for name in BACKENDS if name.startswith("triton")]
 MICRO = 1e-6
 
 
-def facts(tokens=512, experts=8, rank=16, chosen=2, size=1024, **changes):
+def spec(tokens=512, experts=8, rank=16, chosen=2, size=1024, **changes):
     known = {"device": "cpu", "trains": frozenset(), "compiling": False, "one_row": False, "dtype": BF16}
     width, out = size if isinstance(size, tuple) else (size, size)
     ranks = RankMap((rank,) * experts, (1.0,) * experts)
@@ -36,7 +36,7 @@ def facts(tokens=512, experts=8, rank=16, chosen=2, size=1024, **changes):
 @pytest.fixture
 def h100(monkeypatch):
     """What a machine with that GPU would choose."""
-    monkeypatch.setattr(triton_forms, "_missing", lambda: None)
+    monkeypatch.setattr(triton_backends, "_missing", lambda: None)
     monkeypatch.setattr(constants_file, "_gpu", lambda: H100)
     monkeypatch.setattr("peft_moe.ops.backends.grouped._has_kernel", lambda: True)
 
@@ -58,41 +58,41 @@ class TestOnACpu:
         ],
     )
     def test_the_faster_form_as_measured(self, size, tokens, experts, rank, faster):
-        assert choose(facts(tokens, experts, rank, size=size)).form.name == faster
+        assert choose(spec(tokens, experts, rank, size=size)).backend.name == faster
 
     def test_float32_changes_over_earlier(self):
-        at_128 = [choose(facts(512, 8, 16, dtype=dtype)).form.name for dtype in (BF16, torch.float32)]
+        at_128 = [choose(spec(512, 8, 16, dtype=dtype)).backend.name for dtype in (BF16, torch.float32)]
         assert at_128 == ["stacked", "grouped"]
 
     @pytest.mark.parametrize(("experts", "rank"), [(32, 16), (128, 16), (128, 64)])
     def test_one_token_reads_its_experts_only(self, experts, rank):
-        assert choose(facts(1, experts, rank)).form.name == "gather"
+        assert choose(spec(1, experts, rank)).backend.name == "gather"
 
     def test_nobody_copies_experts_for_each_of_many_tokens(self):
         # Where nothing sparse can serve but copies of slabs, a gigabyte of them, all experts do.
-        choice = choose(facts(2048, 128, 64, compiling=True))
+        choice = choose(spec(2048, 128, 64, compiling=True))
         assert choice.costs["gather"] == math.inf
 
     def test_dense_gates_take_all_experts(self):
-        choice = choose(facts(chosen=None))
-        assert choice.form.name == "stacked"
+        choice = choose(spec(chosen=None))
+        assert choice.backend.name == "stacked"
         assert "top_k" in choice.refused["grouped"]
         assert "top_k" in choice.refused["gather"]
 
     def test_one_row_of_gates_is_one_lora(self):
-        assert choose(facts(2048, chosen=None, one_row=True)).form.name == "folded"
+        assert choose(spec(2048, chosen=None, one_row=True)).backend.name == "folded"
 
     def test_a_compiler_gets_what_it_can_trace(self):
-        choice = choose(facts(2048, 128, 64, compiling=True))
-        assert choice.form.name == "stacked"
+        choice = choose(spec(2048, 128, 64, compiling=True))
+        assert choice.backend.name == "stacked"
         assert "trace" in choice.refused["grouped"]
 
 
 class TestOverride:
     def test_by_name(self):
         for name in ("stacked", "grouped", "gather", "reference"):
-            choice = choose(facts(), name)
-            assert (choice.form.name, choice.asked) == (name, name)
+            choice = choose(spec(), name)
+            assert (choice.backend.name, choice.asked) == (name, name)
 
     @pytest.mark.parametrize(
         ("name", "call", "reason"),
@@ -106,15 +106,15 @@ class TestOverride:
     )
     def test_what_cannot_be_met_raises(self, name, call, reason):
         with pytest.raises(PeftMoeError, match=f"backend='{name}'.*{reason}.*backend='auto'"):
-            choose(facts(**call), name)
+            choose(spec(**call), name)
 
     def test_unknown_names_get_near_ones(self):
         with pytest.raises(PeftMoeError, match="stacked"):
-            choose(facts(), "staked")
+            choose(spec(), "staked")
 
     def test_the_choice_explains_itself(self, caplog):
         with caplog.at_level(logging.DEBUG, logger="peft_moe.ops.choose"):
-            told = choose(facts(one_row=False)).explain()
+            told = choose(spec(one_row=False)).explain()
         assert re.search(r"stacked: cheapest by the model\n  stacked: \d+\.\d us predicted", told)
         assert "folded: not here, its gates differ" in told
         assert "512 tokens" in caplog.text
@@ -161,8 +161,8 @@ class TestOnAnH100:
         chosen = {}
         for call, tokens, experts, rank, added in self.rows():
             trains = frozenset({"x", "gates"} if call == "train" else ())
-            choice = choose(facts(tokens, experts, rank, size=4096, device="cuda", trains=trains))
-            name = choice.form.name
+            choice = choose(spec(tokens, experts, rank, size=4096, device="cuda", trains=trains))
+            name = choice.backend.name
             chosen[call, tokens, experts] = name
             if name in TRITON:
                 measured = added[name.replace("triton_", "Triton ")]
@@ -183,17 +183,17 @@ class TestOnAnH100:
         ],
     )
     def test_where_it_was_not_timed_it_serves_only_by_name(self, call):
-        call = facts(**{"tokens": 8192, "experts": 128, "size": 4096, "device": "cuda", **call})
-        assert choose(call).form.name not in TRITON
-        assert choose(call, "triton_sorted").form.name == "triton_sorted"
+        call = spec(**{"tokens": 8192, "experts": 128, "size": 4096, "device": "cuda", **call})
+        assert choose(call).backend.name not in TRITON
+        assert choose(call, "triton_sorted").backend.name == "triton_sorted"
 
     def test_other_gpus_choose_no_kernel(self, monkeypatch):
-        monkeypatch.setattr(triton_forms, "_missing", lambda: None)
+        monkeypatch.setattr(triton_backends, "_missing", lambda: None)
         monkeypatch.setattr(constants_file, "_gpu", lambda: "NVIDIA Something")
         monkeypatch.setattr("peft_moe.ops.backends.grouped._has_kernel", lambda: True)
-        call = facts(8192, 128, size=4096, device="cuda")
+        call = spec(8192, 128, size=4096, device="cuda")
         assert constants_for("cuda", BF16) == SHIPPED["cuda", "bfloat16"]
-        assert choose(call).form.name not in TRITON
+        assert choose(call).backend.name not in TRITON
 
 
 def test_dtypes_and_devices_that_nobody_measured_get_the_like():

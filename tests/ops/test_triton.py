@@ -22,7 +22,7 @@ TRITON = ["triton_stacked", "triton_sorted", "triton_gather"]
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
-def operands(m, gates=None):
+def inputs(m, gates=None):
     sparse = (m.ids, m.weights) if gates is None else (None, None)
     return MixInputs(m.x, m.a, m.b, m.dense if gates is None else gates, m.ranks, m.base, *sparse)
 
@@ -43,25 +43,25 @@ def test_every_kernel_in_the_interpreter():
 @pytest.mark.parametrize("name", TRITON)
 class TestWithoutGpu:
     def test_the_reason_is_given_and_auto_takes_another(self, name):
-        facts = call_spec_of(operands(draw_mixture(4, 16, 16, (4, 4), 1)))
-        choice = choose(facts)
-        assert choice.form.name not in TRITON
+        spec = call_spec_of(inputs(draw_mixture(4, 16, 16, (4, 4), 1)))
+        choice = choose(spec)
+        assert choice.backend.name not in TRITON
         assert "these tensors are on cpu" in choice.refused[name]
 
     def test_asking_for_it_raises(self, name):
         m = draw_mixture(4, 16, 16, (4, 4), 1)
         with pytest.raises(PeftMoeError, match=f"{name}.*on cpu.*backend='auto'"):
-            mix(*operands(m)[:6], expert_ids_NK=m.ids, weights_NK=m.weights, backend=name)
+            mix(*inputs(m)[:6], expert_ids_NK=m.ids, weights_NK=m.weights, backend=name)
 
 
 def on_cuda(m, *, gates=None, trains=(), **changes):
     """What the chooser would be told of such a call on a GPU."""
-    facts = call_spec_of(operands(m, gates))
-    return type(facts)(**{**vars(facts), "device": "cuda", "trains": frozenset(trains), **changes})
+    spec = call_spec_of(inputs(m, gates))
+    return type(spec)(**{**vars(spec), "device": "cuda", "trains": frozenset(trains), **changes})
 
 
 @pytest.mark.parametrize(
-    ("name", "facts", "reason"),
+    ("name", "spec", "reason"),
     [
         ("triton_sorted", {"gates": True}, "top_k"),
         ("triton_gather", {"gates": True}, "top_k"),
@@ -77,11 +77,11 @@ def on_cuda(m, *, gates=None, trains=(), **changes):
         ("triton_sorted", {"chosen": 17}, "up to 16"),
     ],
 )
-def test_what_a_gpu_could_not_serve(name, facts, reason):
-    facts = dict(facts)
-    m = draw_mixture(4, 16, 16, facts.pop("ranks", (4, 4)), 1)
-    gates = m.dense if facts.pop("gates", False) else None
-    found = BACKENDS[name].supports(on_cuda(m, gates=gates, **facts))
+def test_what_a_gpu_could_not_serve(name, spec, reason):
+    spec = dict(spec)
+    m = draw_mixture(4, 16, 16, spec.pop("ranks", (4, 4)), 1)
+    gates = m.dense if spec.pop("gates", False) else None
+    found = BACKENDS[name].supports(on_cuda(m, gates=gates, **spec))
     assert found is not None
     assert reason in found
 
@@ -96,9 +96,9 @@ def _forgets():
 @pytest.mark.usefixtures("_forgets")
 def test_without_triton_the_reason_is_given(monkeypatch):
     monkeypatch.setattr("peft_moe.ops.triton.backends.find_spec", lambda name: None)
-    facts = on_cuda(draw_mixture(4, 16, 16, (4, 4), 1))
+    spec = on_cuda(draw_mixture(4, 16, 16, (4, 4), 1))
     for name in TRITON:
-        assert "pip install triton" in BACKENDS[name].supports(facts)
+        assert "pip install triton" in BACKENDS[name].supports(spec)
 
 
 def test_importing_the_package_imports_no_kernel_and_nothing_that_peft_does_not():

@@ -33,11 +33,11 @@ NARROW = [
 ]
 
 
-def call(form, m, weights=None):
+def call(backend, m, weights=None):
     weights = m.weights if weights is None else weights
-    if form == "gather":
+    if backend == "gather":
         return mix_gathered(m.x, m.a, m.b, m.ranks, m.base, m.ids, weights)
-    if form == "sorted":
+    if backend == "sorted":
         return mix_sorted(m.x, m.a, m.b, m.ranks, m.base, m.ids, weights)
     return mix_fused(m.x, m.a, m.b, m.ranks, m.base, weights, m.ids)
 
@@ -54,23 +54,23 @@ def test_new_memory_is_poisoned():
     assert (torch.empty(7, dtype=torch.int32) > 10**6).all()
 
 
-@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
+@pytest.mark.parametrize("backend", ["gather", "sorted", "fused"])
 @pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
-def test_forward(form, tokens, width, out, ranks, chosen):
+def test_forward(backend, tokens, width, out, ranks, chosen):
     m = draw_mixture(tokens, width, out, ranks, chosen)
-    assert distance(call(form, m), m.wanted()) <= FLOAT32
+    assert distance(call(backend, m), m.wanted()) <= FLOAT32
 
 
-@pytest.mark.parametrize("form", ["sorted", "fused"])
+@pytest.mark.parametrize("backend", ["sorted", "fused"])
 @pytest.mark.parametrize(("tokens", "width", "out", "ranks", "chosen"), SHAPES)
-def test_gradients(form, tokens, width, out, ranks, chosen):
-    if form == "fused" and (len(set(ranks)) > 1 or ranks[0] & (ranks[0] - 1)):
+def test_gradients(backend, tokens, width, out, ranks, chosen):
+    if backend == "fused" and (len(set(ranks)) > 1 or ranks[0] & (ranks[0] - 1)):
         pytest.skip("the form says so: it needs equal ranks that are powers of two")
     m = draw_mixture(tokens, width, out, ranks, chosen, seed=1)
     x, weights, base = (t.clone().requires_grad_() for t in (m.x, m.weights, m.base))
     m.x, m.base = x, base
     direction = torch.randn(tokens, out)
-    dx, dweights, dbase = torch.autograd.grad(call(form, m, weights), (x, weights, base), direction)
+    dx, dweights, dbase = torch.autograd.grad(call(backend, m, weights), (x, weights, base), direction)
     wanted_dx, wanted_dw = m.wanted_gradients(direction)
     assert distance(dx, wanted_dx) <= FLOAT32
     # What no expert stands behind has no gradient.
@@ -100,48 +100,48 @@ def test_dense_gates(rows, ranks):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), NARROW)
-@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
-def test_narrow_dtypes(form, dtype, bound):
+@pytest.mark.parametrize("backend", ["gather", "sorted", "fused"])
+def test_narrow_dtypes(backend, dtype, bound):
     m = draw_mixture(19, 48, 40, (8, 8, 8, 8), 2, dtype=dtype)
-    out = call(form, m)
+    out = call(backend, m)
     assert out.dtype == dtype
     assert distance(out, m.wanted()) <= bound
-    if form != "gather":
+    if backend != "gather":
         x, weights = m.x.clone().requires_grad_(), m.weights.clone().requires_grad_()
         m.x = x
         direction = torch.randn(19, 40).to(dtype)
-        dx, dweights = torch.autograd.grad(call(form, m, weights), (x, weights), direction)
+        dx, dweights = torch.autograd.grad(call(backend, m, weights), (x, weights), direction)
         assert (dx.dtype, dweights.dtype) == (dtype, torch.float32)
         wanted_dx, wanted_dw = m.wanted_gradients(direction)
         assert distance(dx, wanted_dx) <= bound
         assert distance(dweights, wanted_dw.masked_fill(m.ids == 4, 0.0)) <= bound
 
 
-@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
-def test_a_wider_base_keeps_its_dtype(form):
+@pytest.mark.parametrize("backend", ["gather", "sorted", "fused"])
+def test_a_wider_base_keeps_its_dtype(backend):
     m = draw_mixture(9, 16, 24, (8, 8), 1, dtype=torch.bfloat16)
     m.base = torch.randn(9, 24)
-    assert call(form, m).dtype == torch.float32
-    assert distance(call(form, m), m.wanted()) <= 2 * 2**-8
+    assert call(backend, m).dtype == torch.float32
+    assert distance(call(backend, m), m.wanted()) <= 2 * 2**-8
 
 
-@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
-def test_rows_with_a_stride_and_columns_with_one(form):
+@pytest.mark.parametrize("backend", ["gather", "sorted", "fused"])
+def test_rows_with_a_stride_and_columns_with_one(backend):
     m = draw_mixture(9, 16, 24, (4, 4, 4), 2)
     wanted = m.wanted()
     wide = torch.full((18, 40), float("nan"))
     wide[::2, :16], wide[1::2, 16:] = m.x, m.base
     m.x, m.base = wide[::2, :16], wide[1::2, 16:]
-    assert distance(call(form, m), wanted) <= FLOAT32
+    assert distance(call(backend, m), wanted) <= FLOAT32
     m.x, m.ids, m.weights = (t.T.contiguous().T for t in (m.x, m.ids, m.weights))
-    assert distance(call(form, m), wanted) <= FLOAT32
+    assert distance(call(backend, m), wanted) <= FLOAT32
 
 
 def test_an_expanded_gradient():
     m = draw_mixture(9, 16, 24, (4, 4, 4), 2)
-    for form in ("sorted", "fused"):
+    for backend in ("sorted", "fused"):
         weights = m.weights.clone().requires_grad_()
-        call(form, m, weights).sum().backward()
+        call(backend, m, weights).sum().backward()
         wanted = m.wanted_gradients(torch.ones(9, 24))[1].masked_fill(m.ids == 3, 0.0)
         assert distance(weights.grad, wanted) <= FLOAT32
 
@@ -149,35 +149,35 @@ def test_an_expanded_gradient():
 def test_all_tokens_on_one_expert():
     m = draw_mixture(75, 20, 16, (4,) * 6, 1, none=False, among=1)
     assert (m.ids == 0).all()
-    for form in ("sorted", "fused", "gather"):
-        assert distance(call(form, m), m.wanted()) <= FLOAT32
+    for backend in ("sorted", "fused", "gather"):
+        assert distance(call(backend, m), m.wanted()) <= FLOAT32
 
 
 def test_no_token_has_an_expert():
     m = draw_mixture(20, 20, 16, (4, 4), 1)
     m.ids, m.weights = torch.full_like(m.ids, 2), torch.zeros_like(m.weights)
-    for form in ("sorted", "fused", "gather"):
-        assert torch.equal(call(form, m), m.base)
+    for backend in ("sorted", "fused", "gather"):
+        assert torch.equal(call(backend, m), m.base)
 
 
-@pytest.mark.parametrize("form", ["gather", "sorted"])
-def test_a_broken_expert_spoils_only_who_chose_it(form):
+@pytest.mark.parametrize("backend", ["gather", "sorted"])
+def test_a_broken_expert_spoils_only_who_chose_it(backend):
     m = draw_mixture(40, 16, 24, (4, 4, 4), 1)
     m.a[4:8], m.b[4:8] = float("inf"), float("nan")
-    out = call(form, m)
+    out = call(backend, m)
     assert torch.equal(out.isfinite().all(1), (m.ids != 1).all(1))
 
 
-@pytest.mark.parametrize("form", ["gather", "sorted", "fused"])
-def test_the_same_bits_twice_and_the_same_in_other_company(form):
+@pytest.mark.parametrize("backend", ["gather", "sorted", "fused"])
+def test_the_same_bits_twice_and_the_same_in_other_company(backend):
     m = draw_mixture(40, 32, 24, (4, 4, 4), 2)
-    out = call(form, m)
-    assert torch.equal(call(form, m), out)
+    out = call(backend, m)
+    assert torch.equal(call(backend, m), out)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
     m.x, m.base, m.ids, m.weights = (t[order] for t in (m.x, m.base, m.ids, m.weights))
     # NumPy's products, which the interpreter takes, round rows differently by their place; on a GPU the bits
     # are the same.
-    assert distance(call(form, m), out[order]) <= FLOAT32
+    assert distance(call(backend, m), out[order]) <= FLOAT32
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def forms(**fields: Any) -> set[str]:
     with torch.no_grad():
         model(input_ids=IDS)
     maps = [m.rank_maps["default"] for m in model.modules() if hasattr(m, "rank_maps")]
-    return {choice.form.name for ranks in maps for choice in ranks.choices.values()}
+    return {choice.backend.name for ranks in maps for choice in ranks.choices.values()}
 
 
 def backward(**fields: Any) -> Tensor:

@@ -22,27 +22,27 @@ class Folded:
 
     name = "folded"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """One row of gates."""
-        return None if facts.one_row else "its gates differ from token to token"
+        return None if spec.one_row else "its gates differ from token to token"
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """The products of one LoRA, and one pass over a factor."""
-        ranks, item = facts.ranks.total, facts.dtype.itemsize
-        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
-        rows = facts.tokens * (facts.in_features + 2 * facts.out_features)
-        traffic = (rows + ranks * facts.sizes) * item / constants.bandwidth
-        fold = constants.per_rank * ranks * facts.out_features
+        ranks, item = spec.ranks.total, spec.dtype.itemsize
+        work = 2 * spec.tokens * ranks * spec.sizes / constants.flops
+        rows = spec.tokens * (spec.in_features + 2 * spec.out_features)
+        traffic = (rows + ranks * spec.sizes) * item / constants.bandwidth
+        fold = constants.per_rank * ranks * spec.out_features
         return max(work, traffic) + fold + constants.launch
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """``base + (x Aᵀ) (gates ∘ B)``."""
-        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
+        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = inputs
         wide = product_dtype(x_NI, A_RI)
         A_RI, B_RO = A_RI.to(wide), B_RO.to(wide)
-        gates_R1 = ranks.expand(operands.dense()[0]).to(wide)[:, None]
+        gates_R1 = ranks.expand(inputs.dense()[0]).to(wide)[:, None]
         h_NR = functional.linear(x_NI.to(wide), A_RI)
-        return add_product(base_NO, h_NR, B_RO * gates_R1, operands.overwrite)
+        return add_product(base_NO, h_NR, B_RO * gates_R1, inputs.overwrite)
 
 
 def folded_delta(A_RI: Tensor, B_RO: Tensor, gates_E: Tensor, ranks: RankMap) -> Tensor:

@@ -30,31 +30,29 @@ class Gather:
 
     name = "gather"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """A fixed number of chosen experts per token."""
-        if facts.chosen is None:
+        if spec.chosen is None:
             return "its router keeps no fixed number of experts per token (top_k)"
         return None
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Slabs are read, written and read again; with gradients, the factors' zeros on top."""
-        ranks = (facts.chosen or 0) * facts.ranks.width
-        sets = 1 if facts.one_row else facts.tokens
-        item = facts.dtype.itemsize
-        if sets > 1 and sets * ranks > _MOST_COPIES * facts.ranks.total:
+        ranks = (spec.chosen or 0) * spec.ranks.width
+        sets = 1 if spec.one_row else spec.tokens
+        item = spec.dtype.itemsize
+        if sets > 1 and sets * ranks > _MOST_COPIES * spec.ranks.total:
             return math.inf
-        slabs = sets * ranks * facts.sizes * item
+        slabs = sets * ranks * spec.sizes * item
         traffic = (1.5 if sets == 1 else 3.0) * slabs / constants.bandwidth
-        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
-        if "experts" in facts.trains:
-            traffic += 3 * (slabs + facts.ranks.total * facts.sizes * item) / constants.bandwidth
+        work = 2 * spec.tokens * ranks * spec.sizes / constants.flops
+        if "experts" in spec.trains:
+            traffic += 3 * (slabs + spec.ranks.total * spec.sizes * item) / constants.bandwidth
         return work + traffic + constants.launch * (1.0 if sets == 1 else 2.0)
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
-        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, may_select_null, overwrite, fp32_NI = (
-            operands
-        )
+        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, may_select_null, overwrite, fp32_NI = inputs
         assert ids_SK is not None, "supports() has seen to it"
         (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
         wide = product_dtype(x_NI, A_RI)

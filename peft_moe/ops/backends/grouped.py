@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backend import CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants
-from ..once_differentiable import Gradients, once
+from ..once_differentiable import Gradients, once_differentiable
 from ..rank_map import RankMap
 from ..token_groups import Groups, group, regroup
 
@@ -26,38 +26,38 @@ class Grouped:
 
     name = "grouped"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """A fixed number of chosen experts; on an accelerator also all that torch's grouped GEMM asks for."""
-        if facts.chosen is None:
+        if spec.chosen is None:
             return "its router keeps no fixed number of experts per token (top_k)"
-        if facts.compiling:
+        if spec.compiling:
             return "torch.compile cannot trace the sorting of tokens"
-        if facts.device != "cpu":
-            sizes = (facts.in_features, facts.out_features)
-            return why_not_native(facts.ranks, facts.dtype, facts.device, *sizes)
+        if spec.device != "cpu":
+            sizes = (spec.in_features, spec.out_features)
+            return why_not_native(spec.ranks, spec.dtype, spec.device, *sizes)
         return None
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """The chosen products, the passes over gathered rows, and what every group costs by itself."""
-        pairs, rank, item = facts.tokens * (facts.chosen or 0), facts.ranks.width, facts.dtype.itemsize
-        experts = len(facts.ranks.ranks)
-        share = (facts.chosen or 0) / experts
-        hit = experts * (1 - (1 - min(share, 1.0)) ** facts.tokens)
-        work = 2 * pairs * rank * facts.sizes / constants.flops
-        rows = constants.passes * pairs * facts.sizes * item / constants.bandwidth
-        weights = hit * rank * facts.sizes * item / constants.weight_bandwidth
+        pairs, rank, item = spec.tokens * (spec.chosen or 0), spec.ranks.width, spec.dtype.itemsize
+        experts = len(spec.ranks.ranks)
+        share = (spec.chosen or 0) / experts
+        hit = experts * (1 - (1 - min(share, 1.0)) ** spec.tokens)
+        work = 2 * pairs * rank * spec.sizes / constants.flops
+        rows = constants.passes * pairs * spec.sizes * item / constants.bandwidth
+        weights = hit * rank * spec.sizes * item / constants.weight_bandwidth
         return work + rows + weights + hit * constants.segment + constants.sort
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """``base + Σ over chosen pairs``."""
-        ids, weights, tokens = operands.ids, operands.weights, len(operands.x)
+        ids, weights, tokens = inputs.ids, inputs.weights, len(inputs.x)
         assert ids is not None, "supports() has seen to it"
         assert weights is not None
-        wide = product_dtype(operands.x, operands.A)
-        given = (operands.x, operands.A, operands.B, weights.expand(tokens, -1))
-        rest = (operands.base, ids.expand(tokens, -1), operands.ranks, wide)
+        wide = product_dtype(inputs.x, inputs.A)
+        given = (inputs.x, inputs.A, inputs.B, weights.expand(tokens, -1))
+        rest = (inputs.base, ids.expand(tokens, -1), inputs.ranks, wide)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
-            return _forward(*given, *rest, operands.overwrite)[0]
+            return _forward(*given, *rest, inputs.overwrite)[0]
         out_NO: Tensor = _Grouped.apply(*given, *rest)  # type: ignore[no-untyped-call]  # torch's own
         return out_NO
 
@@ -148,7 +148,7 @@ class _Grouped(torch.autograd.Function):
         return out_NO
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> Gradients:
         x_NI, A_RI, B_RO, weights_NK, ids_NK, h_PW, order, ends = ctx.saved_tensors
         wide, ranks = ctx.wide, ctx.ranks

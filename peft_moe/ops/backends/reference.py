@@ -41,21 +41,21 @@ class Reference:
 
     name = "reference"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """Always."""
         return None
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Two products per expert, and four passes over the output."""
-        elements = facts.tokens * len(facts.ranks.ranks) * facts.out_features
-        work = 2 * facts.tokens * facts.ranks.total * facts.sizes / constants.flops
-        traffic = 4 * elements * facts.dtype.itemsize / constants.bandwidth
-        return work + traffic + len(facts.ranks.ranks) * (2 * constants.segment + constants.launch)
+        elements = spec.tokens * len(spec.ranks.ranks) * spec.out_features
+        work = 2 * spec.tokens * spec.ranks.total * spec.sizes / constants.flops
+        traffic = 4 * elements * spec.dtype.itemsize / constants.bandwidth
+        return work + traffic + len(spec.ranks.ranks) * (2 * constants.segment + constants.launch)
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """As :func:`mix_reference`, with products in one dtype and the sum in that of the base."""
-        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = operands
-        gates_NE = operands.dense()
+        x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = inputs
+        gates_NE = inputs.dense()
         wide = product_dtype(x_NI, A_RI)
         out_NO = mix_reference(x_NI.to(wide), A_RI.to(wide), B_RO.to(wide), gates_NE, ranks, base_NO)
         return out_NO.to(base_NO.dtype)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from ..backend import CallSpec, MixInputs, add_product, product_dtype
 from ..chosen_ranks import Chosen
 from ..device_costs import Constants
-from ..once_differentiable import Gradients, once
+from ..once_differentiable import Gradients, once_differentiable
 from ..rank_map import RankMap
 
 
@@ -27,22 +27,22 @@ class Stacked:
 
     name = "stacked"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """Always."""
         return None
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Two products over all ranks or their traffic, and the gating of every rank."""
-        ranks, item = facts.ranks.total, facts.dtype.itemsize
-        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
+        ranks, item = spec.ranks.total, spec.dtype.itemsize
+        work = 2 * spec.tokens * ranks * spec.sizes / constants.flops
         # x is read; y is read and written; the factors are read.
-        rows = facts.tokens * (facts.in_features + 2 * facts.out_features)
-        traffic = (rows + ranks * facts.sizes) * item / constants.bandwidth
-        return max(work, traffic) + constants.per_rank * facts.tokens * ranks + constants.launch
+        rows = spec.tokens * (spec.in_features + 2 * spec.out_features)
+        traffic = (rows + ranks * spec.sizes) * item / constants.bandwidth
+        return max(work, traffic) + constants.per_rank * spec.tokens * ranks + constants.launch
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """``base + ((x Aᵀ) ∘ gates per rank) B``."""
-        x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, may_select_null, overwrite, *_ = operands
+        x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, may_select_null, overwrite, *_ = inputs
         if ids_NK is not None:
             gates, ids_NK = gates.expand(len(x_NI), -1), ids_NK.expand(len(x_NI), -1)
         wide = product_dtype(x_NI, A_RI)
@@ -111,7 +111,7 @@ class _Stacked(torch.autograd.Function):
         return out_NO
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> Gradients:
         x_NI, A_RI, B_RO, gates, ids_NK, h = ctx.saved_tensors
         ranks, wide = ctx.ranks, ctx.wide

@@ -43,50 +43,50 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _unfit(facts: CallSpec) -> str | None:
+def _unfit(spec: CallSpec) -> str | None:
     """What all kernels need."""
-    if facts.device != "cuda" and not interpreted():
-        return f"its kernels run on CUDA, these tensors are on {facts.device}"
-    if facts.dtype not in _DTYPES:
-        return f"its kernels know no {facts.dtype}"
-    if facts.ranks.width > _MAX_RANK:
-        return f"an expert has rank {facts.ranks.width}; its kernels hold {_MAX_RANK} at once"
-    if facts.compiling:
+    if spec.device != "cuda" and not interpreted():
+        return f"its kernels run on CUDA, these tensors are on {spec.device}"
+    if spec.dtype not in _DTYPES:
+        return f"its kernels know no {spec.dtype}"
+    if spec.ranks.width > _MAX_RANK:
+        return f"an expert has rank {spec.ranks.width}; its kernels hold {_MAX_RANK} at once"
+    if spec.compiling:
         return "torch.compile makes its own kernels from the other forms"
-    if "experts" in facts.trains:
+    if "experts" in spec.trains:
         return "its kernels have no gradient for experts"
     return _missing()
 
 
-def _unfit_sparse(facts: CallSpec) -> str | None:
-    if facts.chosen is None:
+def _unfit_sparse(spec: CallSpec) -> str | None:
+    if spec.chosen is None:
         return "its router keeps no fixed number of experts per token (top_k)"
-    if facts.chosen > _MAX_CHOSEN or len(facts.ranks.ranks) > _MAX_EXPERTS:
+    if spec.chosen > _MAX_CHOSEN or len(spec.ranks.ranks) > _MAX_EXPERTS:
         return f"it takes up to {_MAX_CHOSEN} chosen experts of {_MAX_EXPERTS}"
-    return _unfit(facts)
+    return _unfit(spec)
 
 
-def _ready(operands: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _ready(inputs: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Input and factors in the dtype of the products."""
-    wide = product_dtype(operands.x, operands.A)
-    return operands.x.to(wide), operands.A.to(wide), operands.B.to(wide)
+    wide = product_dtype(inputs.x, inputs.A)
+    return inputs.x.to(wide), inputs.A.to(wide), inputs.B.to(wide)
 
 
-def _chosen(operands: MixInputs) -> tuple[Tensor, Tensor]:
+def _chosen(inputs: MixInputs) -> tuple[Tensor, Tensor]:
     """A row of ids and of gates for every token."""
-    ids, weights, tokens = operands.ids, operands.weights, len(operands.x)
+    ids, weights, tokens = inputs.ids, inputs.weights, len(inputs.x)
     assert ids is not None, "supports() has seen to it"
     assert weights is not None
     return ids.expand(tokens, -1), weights.expand(tokens, -1)
 
 
-def _timed(name: str, facts: CallSpec, constants: Constants) -> Kernel | None:
+def _timed(name: str, spec: CallSpec, constants: Constants) -> Kernel | None:
     """What is known of a kernel at calls like this one; None where it was not timed, or lost.
 
     Elsewhere it serves who asks for it by name: an estimate must not win over forms that were measured.
     """
     kernel = constants.kernels.get(name)
-    if kernel is None or facts.tokens < kernel.tokens or (facts.trains and not kernel.trains):
+    if kernel is None or spec.tokens < kernel.tokens or (spec.trains and not kernel.trains):
         return None
     return kernel
 
@@ -96,35 +96,35 @@ class TritonStacked:
 
     name = "triton_stacked"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """Frozen experts on CUDA; with gate gradients, equal ranks that are powers of two."""
-        ranks = facts.ranks
-        if "gates" in facts.trains and not (ranks.equal and ranks.width & (ranks.width - 1) == 0):
+        ranks = spec.ranks
+        if "gates" in spec.trains and not (ranks.equal and ranks.width & (ranks.width - 1) == 0):
             return "its gradient of the gates needs equal ranks that are powers of two"
-        if (facts.chosen or 0) > _MAX_CHOSEN:
+        if (spec.chosen or 0) > _MAX_CHOSEN:
             return f"it takes up to {_MAX_CHOSEN} chosen experts"
-        return _unfit(facts)
+        return _unfit(spec)
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Products of all ranks against the passes over x and y that they cannot avoid."""
-        kernel = _timed(self.name, facts, constants)
+        kernel = _timed(self.name, spec, constants)
         if kernel is None:
             return math.inf
-        ranks, item = facts.ranks.total, facts.dtype.itemsize
-        work = 2 * facts.tokens * ranks * facts.sizes / constants.flops
-        traffic = facts.tokens * (facts.in_features + 2 * facts.out_features) * item / constants.bandwidth
-        weights = kernel.slabs * ranks * facts.sizes * item / constants.bandwidth
+        ranks, item = spec.ranks.total, spec.dtype.itemsize
+        work = 2 * spec.tokens * ranks * spec.sizes / constants.flops
+        traffic = spec.tokens * (spec.in_features + 2 * spec.out_features) * item / constants.bandwidth
+        weights = kernel.slabs * ranks * spec.sizes * item / constants.bandwidth
         return max(work, traffic + weights) + kernel.launch
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """See :func:`peft_moe.ops.triton.mix.mix_fused`."""
         from .mix import mix_fused
 
-        if operands.ids is None:
-            gates, ids = operands.gates, None
+        if inputs.ids is None:
+            gates, ids = inputs.gates, None
         else:
-            ids, gates = _chosen(operands)
-        return mix_fused(*_ready(operands), operands.ranks, operands.base, gates, ids)
+            ids, gates = _chosen(inputs)
+        return mix_fused(*_ready(inputs), inputs.ranks, inputs.base, gates, ids)
 
 
 class TritonSorted:
@@ -132,25 +132,25 @@ class TritonSorted:
 
     name = "triton_sorted"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """Frozen experts on CUDA, and a fixed number of chosen ones."""
-        return _unfit_sparse(facts)
+        return _unfit_sparse(spec)
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Every chosen pair reads a row of x, and reads and writes a row of y; slabs are read per block."""
-        kernel = _timed(self.name, facts, constants)
+        kernel = _timed(self.name, spec, constants)
         if kernel is None:
             return math.inf
-        chosen, item = facts.chosen or 0, facts.dtype.itemsize
-        rows = facts.tokens * chosen * (facts.in_features + 2 * facts.out_features) * item
-        slabs = min(len(facts.ranks.ranks), facts.tokens) * chosen * facts.ranks.width * facts.sizes * item
+        chosen, item = spec.chosen or 0, spec.dtype.itemsize
+        rows = spec.tokens * chosen * (spec.in_features + 2 * spec.out_features) * item
+        slabs = min(len(spec.ranks.ranks), spec.tokens) * chosen * spec.ranks.width * spec.sizes * item
         return (rows + kernel.slabs * slabs) / constants.bandwidth + kernel.launch
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """See :func:`peft_moe.ops.triton.mix.mix_sorted`."""
         from .mix import mix_sorted
 
-        return mix_sorted(*_ready(operands), operands.ranks, operands.base, *_chosen(operands))
+        return mix_sorted(*_ready(inputs), inputs.ranks, inputs.base, *_chosen(inputs))
 
 
 class TritonGather:
@@ -158,24 +158,24 @@ class TritonGather:
 
     name = "triton_gather"
 
-    def supports(self, facts: CallSpec) -> str | None:
+    def supports(self, spec: CallSpec) -> str | None:
         """Few tokens, no gradients, and a fixed number of chosen experts."""
-        if facts.trains:
+        if spec.trains:
             return "it has no gradients"
-        if facts.tokens > _FEW_TOKENS:
-            return f"it is made for up to {_FEW_TOKENS} tokens, this call has {facts.tokens}"
-        return _unfit_sparse(facts)
+        if spec.tokens > _FEW_TOKENS:
+            return f"it is made for up to {_FEW_TOKENS} tokens, this call has {spec.tokens}"
+        return _unfit_sparse(spec)
 
-    def cost(self, facts: CallSpec, constants: Constants) -> float:
+    def cost(self, spec: CallSpec, constants: Constants) -> float:
         """The slabs of every token."""
-        kernel = _timed(self.name, facts, constants)
+        kernel = _timed(self.name, spec, constants)
         if kernel is None:
             return math.inf
-        slabs = facts.tokens * (facts.chosen or 0) * facts.ranks.width * facts.sizes * facts.dtype.itemsize
+        slabs = spec.tokens * (spec.chosen or 0) * spec.ranks.width * spec.sizes * spec.dtype.itemsize
         return kernel.slabs * slabs / constants.bandwidth + kernel.launch
 
-    def mix(self, operands: MixInputs) -> Tensor:
+    def mix(self, inputs: MixInputs) -> Tensor:
         """See :func:`peft_moe.ops.triton.mix.mix_gathered`."""
         from .mix import mix_gathered
 
-        return mix_gathered(*_ready(operands), operands.ranks, operands.base, *_chosen(operands))
+        return mix_gathered(*_ready(inputs), inputs.ranks, inputs.base, *_chosen(inputs))

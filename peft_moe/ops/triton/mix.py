@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once_differentiable import Gradients, once
+from ..once_differentiable import Gradients, once_differentiable
 from ..rank_map import RankMap
 from .common import RankTables, rank_tables
 from .gather import gather_mix
@@ -112,7 +112,7 @@ class _Sorted(torch.autograd.Function):
         return expand(hg_NKQ, B_RO, schedule, tables, base_NO)
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> Gradients:
         A_RI, B_RO, weights_NK, h_NKQ, groups, order = ctx.saved_tensors
         schedule, tables = Schedule(groups, order, ctx.rows), ctx.tables
@@ -145,7 +145,7 @@ class _Fused(torch.autograd.Function):
         return stacked_expand(hg_NR, B_RO, base_NO)
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> Gradients:
         A_RI, B_RO, gates, h, ids_NK = ctx.saved_tensors
         for_x, for_gates, for_base = (ctx.needs_input_grad[i] for i in (0, 3, 4))

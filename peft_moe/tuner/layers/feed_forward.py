@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...errors import PeftMoeError
 from ...experts.base_modules import base_modules
 from ...io.offload import read
-from ...ops.ffn_branches import meet, meet_delta, part, with_rest
+from ...ops.ffn_branches import combine_branch_deltas, combine_branches, expand_branches, with_base_branch
 from ...routers import Router
 from ...routing.context import Routing, RoutingContext, current_context
 from ...routing.context_var import Slot
@@ -192,7 +192,7 @@ def _decide(
     if routing.expert_ids is None and rest == "null":
         rest = "apart"
     if rest != "nowhere":
-        ids_NK, weights_NK = with_rest(
+        ids_NK, weights_NK = with_base_branch(
             ids_NK, weights_NK, decider.config.num_experts, in_place=rest == "null"
         )
     return Branches(adapter, seat.name, ids_NK, weights_NK, tuple(x.shape[:-1]))
@@ -216,7 +216,7 @@ def _leave(seat: BlockRouter, module: nn.Module, args: tuple[Any, ...]) -> tuple
     if not branches.parted:
         return None
     h_KNF = _rows(args[0], branches, seat.name)
-    return meet(h_KNF, branches.weights).view(*branches.lead, -1), *args[1:]
+    return combine_branches(h_KNF, branches.weights).view(*branches.lead, -1), *args[1:]
 
 
 def _rows(h: Tensor, branches: Branches, home: str) -> Tensor:
@@ -258,11 +258,13 @@ def mix_in_block(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     base_NO, ids_NK = result.reshape(-1, result.shape[-1]), branches.ids
     if not member.joins:
         branches.parted = True
-        out_KNO = part(x.reshape(-1, x.shape[-1]), A, B, ids_NK, ranks, base_NO, backend)
+        out_KNO = expand_branches(x.reshape(-1, x.shape[-1]), A, B, ids_NK, ranks, base_NO, backend)
         return out_KNO.view(ids_NK.shape[1], *result.shape)
     _running.set(None)
     if branches.parted:
         h_KNF = _rows(x, branches, member.home)
     else:
         h_KNF = x.reshape(1, -1, x.shape[-1]).expand(ids_NK.shape[1], -1, -1)
-    return meet_delta(h_KNF, A, B, ids_NK, branches.weights, ranks, base_NO, backend).view(result.shape)
+    return combine_branch_deltas(h_KNF, A, B, ids_NK, branches.weights, ranks, base_NO, backend).view(
+        result.shape
+    )
