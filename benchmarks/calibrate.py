@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peft_moe.ops import BACKENDS, MixInputs, RankMap, call_spec_of
+from peft_moe.ops.backend import NEVER_CHEAPEST
 from peft_moe.ops.device_costs import DEVICES, Constants, Kernel, constants_for
 
 K = 2
@@ -208,7 +208,7 @@ def calibrate(dtype: torch.dtype, device: str, shapes: list[Shape], say=print) -
             timed = Timed(shape, dtype, device)
             spec = call_spec_of(timed.inputs())
             names = [n for n in (*FITTED, *KERNELS) if BACKENDS[n].supports(spec) is None]
-            if BACKENDS["gather"].cost(spec, known) < math.inf:
+            if BACKENDS["gather"].cost(spec, known) < NEVER_CHEAPEST:
                 names.append("gather")  # of the same constants
             cases.append((spec, timed.seconds(names, clock)))
     for name in FITTED:

@@ -8,6 +8,7 @@ Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -18,6 +19,11 @@ from .rank_map import RankMap
 
 if TYPE_CHECKING:
     from .device_costs import Constants
+
+# The cost of a backend that serves a call only when it is asked for by name.
+NEVER_CHEAPEST = math.inf
+# The reason of backends that multiply the chosen experts only.
+NO_TOP_K = "its router keeps no fixed number of experts per token (top_k)"
 
 
 class MixInputs(NamedTuple):
@@ -42,6 +48,12 @@ class MixInputs(NamedTuple):
         experts = len(self.ranks.ranks)
         room = self.gates.new_zeros(len(self.gates), experts + 1)
         return room.scatter(1, self.ids, self.gates)[:, :experts]
+
+    def choice_per_token(self) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts and their weights, a row for each token: two of [N, K]."""
+        assert self.ids is not None, "only a call with chosen experts has a choice"
+        assert self.weights is not None
+        return self.ids.expand(len(self.x), -1), self.weights.expand(len(self.x), -1)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts, W ran
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import CallSpec, MixInputs, add, add_product, product_dtype
+from ..backend import NEVER_CHEAPEST, NO_TOP_K, CallSpec, MixInputs, add, add_product, product_dtype
 from ..device_costs import Constants
 from ..rank_map import RankMap
 
@@ -33,7 +31,7 @@ class Gather:
     def supports(self, spec: CallSpec) -> str | None:
         """A fixed number of chosen experts per token."""
         if spec.chosen is None:
-            return "its router keeps no fixed number of experts per token (top_k)"
+            return NO_TOP_K
         return None
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
@@ -42,7 +40,7 @@ class Gather:
         sets = 1 if spec.one_row else spec.tokens
         item = spec.dtype.itemsize
         if sets > 1 and sets * ranks > _MOST_COPIES * spec.ranks.total:
-            return math.inf
+            return NEVER_CHEAPEST
         slabs = sets * ranks * spec.sizes * item
         traffic = (1.5 if sets == 1 else 3.0) * slabs / constants.bandwidth
         work = 2 * spec.tokens * ranks * spec.sizes / constants.flops

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import CallSpec, MixInputs, product_dtype
+from ..backend import NO_TOP_K, CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants
 from ..once_differentiable import Gradients, once_differentiable
 from ..rank_map import RankMap
@@ -29,7 +29,7 @@ class Grouped:
     def supports(self, spec: CallSpec) -> str | None:
         """A fixed number of chosen experts; on an accelerator also all that torch's grouped GEMM asks for."""
         if spec.chosen is None:
-            return "its router keeps no fixed number of experts per token (top_k)"
+            return NO_TOP_K
         if spec.compiling:
             return "torch.compile cannot trace the sorting of tokens"
         if spec.device != "cpu":
@@ -50,12 +50,10 @@ class Grouped:
 
     def mix(self, inputs: MixInputs) -> Tensor:
         """``base + Σ over chosen pairs``."""
-        ids, weights, tokens = inputs.ids, inputs.weights, len(inputs.x)
-        assert ids is not None, "supports() has seen to it"
-        assert weights is not None
+        ids_NK, weights_NK = inputs.choice_per_token()
         wide = product_dtype(inputs.x, inputs.A)
-        given = (inputs.x, inputs.A, inputs.B, weights.expand(tokens, -1))
-        rest = (inputs.base, ids.expand(tokens, -1), inputs.ranks, wide)
+        given = (inputs.x, inputs.A, inputs.B, weights_NK)
+        rest = (inputs.base, ids_NK, inputs.ranks, wide)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
             return _forward(*given, *rest, inputs.overwrite)[0]
         out_NO: Tensor = _Grouped.apply(*given, *rest)  # type: ignore[no-untyped-call]  # torch's own

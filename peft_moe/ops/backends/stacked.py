@@ -44,7 +44,7 @@ class Stacked:
         """``base + ((x Aᵀ) ∘ gates per rank) B``."""
         x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, may_select_null, overwrite, *_ = inputs
         if ids_NK is not None:
-            gates, ids_NK = gates.expand(len(x_NI), -1), ids_NK.expand(len(x_NI), -1)
+            ids_NK, gates = inputs.choice_per_token()
         wide = product_dtype(x_NI, A_RI)
         given = (x_NI, A_RI, B_RO, gates)
         # A compiler decides by itself what is kept for the backward pass.

@@ -5,16 +5,15 @@ Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts.
 
 from __future__ import annotations
 
-import math
-import os
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from ..backend import CallSpec, MixInputs, product_dtype
+from ..backend import NEVER_CHEAPEST, NO_TOP_K, CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants, Kernel
+from . import interpreted
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What the kernels hold of one expert at a time; and how many tokens still count as a decode step.
@@ -38,11 +37,6 @@ def _missing() -> str | None:
     return None
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _unfit(spec: CallSpec) -> str | None:
     """What all kernels need."""
     if spec.device != "cuda" and not interpreted():
@@ -60,7 +54,7 @@ def _unfit(spec: CallSpec) -> str | None:
 
 def _unfit_sparse(spec: CallSpec) -> str | None:
     if spec.chosen is None:
-        return "its router keeps no fixed number of experts per token (top_k)"
+        return NO_TOP_K
     if spec.chosen > _MAX_CHOSEN or len(spec.ranks.ranks) > _MAX_EXPERTS:
         return f"it takes up to {_MAX_CHOSEN} chosen experts of {_MAX_EXPERTS}"
     return _unfit(spec)
@@ -70,14 +64,6 @@ def _ready(inputs: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Input and factors in the dtype of the products."""
     wide = product_dtype(inputs.x, inputs.A)
     return inputs.x.to(wide), inputs.A.to(wide), inputs.B.to(wide)
-
-
-def _chosen(inputs: MixInputs) -> tuple[Tensor, Tensor]:
-    """A row of ids and of gates for every token."""
-    ids, weights, tokens = inputs.ids, inputs.weights, len(inputs.x)
-    assert ids is not None, "supports() has seen to it"
-    assert weights is not None
-    return ids.expand(tokens, -1), weights.expand(tokens, -1)
 
 
 def _timed(name: str, spec: CallSpec, constants: Constants) -> Kernel | None:
@@ -109,7 +95,7 @@ class TritonStacked:
         """Products of all ranks against the passes over x and y that they cannot avoid."""
         kernel = _timed(self.name, spec, constants)
         if kernel is None:
-            return math.inf
+            return NEVER_CHEAPEST
         ranks, item = spec.ranks.total, spec.dtype.itemsize
         work = 2 * spec.tokens * ranks * spec.sizes / constants.flops
         traffic = spec.tokens * (spec.in_features + 2 * spec.out_features) * item / constants.bandwidth
@@ -123,7 +109,7 @@ class TritonStacked:
         if inputs.ids is None:
             gates, ids = inputs.gates, None
         else:
-            ids, gates = _chosen(inputs)
+            ids, gates = inputs.choice_per_token()
         return mix_fused(*_ready(inputs), inputs.ranks, inputs.base, gates, ids)
 
 
@@ -140,7 +126,7 @@ class TritonSorted:
         """Every chosen pair reads a row of x, and reads and writes a row of y; slabs are read per block."""
         kernel = _timed(self.name, spec, constants)
         if kernel is None:
-            return math.inf
+            return NEVER_CHEAPEST
         chosen, item = spec.chosen or 0, spec.dtype.itemsize
         rows = spec.tokens * chosen * (spec.in_features + 2 * spec.out_features) * item
         slabs = min(len(spec.ranks.ranks), spec.tokens) * chosen * spec.ranks.width * spec.sizes * item
@@ -150,7 +136,7 @@ class TritonSorted:
         """See :func:`peft_moe.ops.triton.mix.mix_sorted`."""
         from .mix import mix_sorted
 
-        return mix_sorted(*_ready(inputs), inputs.ranks, inputs.base, *_chosen(inputs))
+        return mix_sorted(*_ready(inputs), inputs.ranks, inputs.base, *inputs.choice_per_token())
 
 
 class TritonGather:
@@ -170,7 +156,7 @@ class TritonGather:
         """The slabs of every token."""
         kernel = _timed(self.name, spec, constants)
         if kernel is None:
-            return math.inf
+            return NEVER_CHEAPEST
         slabs = spec.tokens * (spec.chosen or 0) * spec.ranks.width * spec.sizes * spec.dtype.itemsize
         return kernel.slabs * slabs / constants.bandwidth + kernel.launch
 
@@ -178,4 +164,4 @@ class TritonGather:
         """See :func:`peft_moe.ops.triton.mix.mix_gathered`."""
         from .mix import mix_gathered
 
-        return mix_gathered(*_ready(inputs), inputs.ranks, inputs.base, *_chosen(inputs))
+        return mix_gathered(*_ready(inputs), inputs.ranks, inputs.base, *inputs.choice_per_token())

@@ -1,12 +1,11 @@
 """What the Triton kernels share: index tables of the rank axis, tile sizes, precision of a product.
 
-Imported only where Triton is installed; see :mod:`peft_moe.ops.triton_backend`.
+Imported only where Triton is installed; :mod:`peft_moe.ops.triton.backends` checks that first.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tensor cores take no smaller tile, and more ranks than this do not fit one program's registers.
-MIN_TILE, MAX_RANK = 16, 128
+from . import interpreted
+
+# Tensor cores take no smaller tile.
+MIN_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,6 @@ def rank_tables(ranks: tuple[int, ...], scaling: tuple[float, ...], device: torc
         )
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def rows_of(tensor: Tensor) -> Tensor:
     """The same values with each row in one piece, which is what the kernels read."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -104,8 +100,3 @@ def product(one, other, sums, PRECISION: tl.constexpr):
     else:
         sums = tl.dot(one, other, sums, input_precision=PRECISION)
     return sums
-
-
-def cut(length: int, piece: int) -> int:
-    """How many pieces cover the length."""
-    return -(-length // piece)

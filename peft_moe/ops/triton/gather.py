@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import RankTables, cut, rows_of
+from .common import RankTables, rows_of
 
 # Elements of a slab that a program reads at once: few, since a decode step needs many small readers.
 _SLAB, _SHORTEST = 2048, 32
@@ -47,14 +47,14 @@ def gather_mix(
     ranks = triton.next_power_of_2(tables.widest)
     short = max(_SHORTEST, _SLAB // ranks)
     part_in, part_out = pieces or (short, short)
-    splits = cut(width, part_in)
+    splits = triton.cdiv(width, part_in)
     partial = torch.empty(tokens * slots, splits, ranks, dtype=torch.float32, device=x_NI.device)
     out_NO = torch.empty_like(base_NO, memory_format=torch.contiguous_format)
     _partial_h[(splits, tokens * slots)](
         x_NI, A_RI, expert_ids_NK, partial, tables.starts, x_NI.stride(0), A_RI.stride(0), width, slots,
         tables.experts, RANKS=ranks, PIECE=part_in, num_warps=4,
     )  # fmt: skip
-    _gathered[(cut(out_width, part_out), tokens)](
+    _gathered[(triton.cdiv(out_width, part_out), tokens)](
         partial, B_RO, expert_ids_NK, weights_NK, base_NO, out_NO, tables.starts, tables.scaling,
         B_RO.stride(0), base_NO.stride(0), splits, out_width, tables.experts, SLOTS=slots, RANKS=ranks,
         SPLITS=triton.next_power_of_2(splits), PIECE=part_out, num_warps=4,

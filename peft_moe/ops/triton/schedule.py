@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cut
-
 # Elements of a program's one-hot tile, which bounds how many tokens it counts.
 _ONE_HOT, _MAX_CHUNK = 8192, 128
 
@@ -56,7 +54,7 @@ def make_schedule(expert_ids_NK: Tensor, experts: int, rows: int) -> Schedule:
     tokens, slots = expert_ids_NK.shape
     wide = triton.next_power_of_2(experts + 1)
     chunk = max(16, min(_MAX_CHUNK, _ONE_HOT // wide))
-    chunks = cut(tokens, chunk)
+    chunks = triton.cdiv(tokens, chunk)
     blocks = min(tokens, tokens // rows + experts + 1)
     counts = expert_ids_NK.new_empty(slots, chunks, wide, dtype=torch.int32)
     schedule = Schedule(
@@ -73,7 +71,7 @@ def make_schedule(expert_ids_NK: Tensor, experts: int, rows: int) -> Schedule:
         slots,
         experts,
         width,
-        cut(width, chunks),
+        triton.cdiv(width, chunks),
         CHUNK=chunk,
         WIDE=wide,
     )
@@ -87,11 +85,11 @@ def make_schedule(expert_ids_NK: Tensor, experts: int, rows: int) -> Schedule:
         experts,
         width,
         blocks,
-        cut(blocks, chunks),
+        triton.cdiv(blocks, chunks),
         CHUNK=chunk,
         WIDE=wide,
         ROWS=rows,
-        SHARE=triton.next_power_of_2(cut(blocks, chunks)),
+        SHARE=triton.next_power_of_2(triton.cdiv(blocks, chunks)),
         STEP=max(1, min(32, _ONE_HOT // wide)),
     )
     return schedule

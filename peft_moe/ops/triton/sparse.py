@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import RankTables, Tiles, cut, precision, product, rows_of
+from .common import RankTables, Tiles, precision, product, rows_of
 from .schedule import Schedule
 
 
@@ -99,7 +99,7 @@ def expand(
     out_ND = (h_NKQ if base_ND is None else base_ND).new_empty(tokens, width)
     for slot in range(slots):
         adds_base = base_ND is not None and slot == slots - 1
-        _expand[(cut(width, tiles.columns), schedule.blocks)](
+        _expand[(triton.cdiv(width, tiles.columns), schedule.blocks)](
             h_NKQ, W_RD, base_ND if base_ND is not None else out_ND, out_ND, schedule.order, schedule.groups,
             tables.starts, W_RD.stride(0), base_ND.stride(0) if base_ND is not None else 0, width, slots,
             slot, tables.experts, tables.widest, ADD=slot > 0, BASE=adds_base, ROWS=schedule.rows,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import MIN_TILE, RankTables, Tiles, cut, precision, product, rows_of
+from .common import MIN_TILE, RankTables, Tiles, precision, product, rows_of
 
 
 def stacked_tiles(dtype: torch.dtype, tokens: int, total: int, rank: int) -> Tiles:
@@ -32,12 +32,6 @@ def add_tiles(dtype: torch.dtype, tokens: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, 64, 32, 4, 2)
     return Tiles(64 if tokens <= 1024 else 128, 128, 64, 8, 3)
-
-
-def gate_gradient_fits(ranks: tuple[int, ...]) -> bool:
-    """Whether the backward epilogue may be used: an expert must lie within one tile of ranks."""
-    rank = ranks[0]
-    return len(set(ranks)) == 1 and 0 < rank <= 128 and rank & (rank - 1) == 0
 
 
 def stacked_shrink(
@@ -60,8 +54,8 @@ def stacked_shrink(
         tables: of the rank map.
         expert_ids_NK: the chosen experts; None for dense gates.
         keep: also return the products without gates.
-        h: what the forward pass kept; asks for the backward epilogue, which needs
-            :func:`gate_gradient_fits`.
+        h: what the forward pass kept; asks for the backward epilogue, which needs equal ranks that are
+            powers of two: an expert must lie within one tile of ranks.
         tiles: sizes to use instead of the usual ones.
 
     Returns:
@@ -79,7 +73,7 @@ def stacked_shrink(
         second = weights.new_zeros(tokens, slots or tables.experts, dtype=torch.float32)
     elif keep:
         second = x_ND.new_empty((tokens, slots, tables.widest) if slots else (tokens, total))
-    _gated[(cut(total, tiles.columns), cut(tokens, tiles.rows))](
+    _gated[(triton.cdiv(total, tiles.columns), triton.cdiv(tokens, tiles.rows))](
         x_ND, W_RD, out_NR if expert_ids_NK is None else expert_ids_NK.contiguous(), weights, h if h is not
         None else out_NR, out_NR, second, tables.owners, tables.starts, tables.scaling, x_ND.stride(0),
         W_RD.stride(0), 0 if weights.shape[0] == 1 and tokens > 1 else weights.shape[1], tokens, total,
@@ -106,7 +100,7 @@ def stacked_expand(
     tokens, width = base_ND.shape
     out_ND = base_ND if in_place else torch.empty_like(base_ND, memory_format=torch.contiguous_format)
     tiles = tiles or add_tiles(h_NR.dtype, tokens)
-    _add_product[(cut(width, tiles.columns), cut(tokens, tiles.rows))](
+    _add_product[(triton.cdiv(width, tiles.columns), triton.cdiv(tokens, tiles.rows))](
         h_NR, W_RD, base_ND, out_ND, W_RD.stride(0), base_ND.stride(0), out_ND.stride(0), tokens, width,
         TOTAL=W_RD.shape[0], ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth,
         PRECISION=precision(h_NR.dtype), **tiles.launch,
