@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from peft_moe import load_mixture
-from peft_moe.tuner.config.mixture import FORMAT_VERSION
+from peft_moe.tuner.config.fields import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FORMATS = range(1, FORMAT_VERSION + 1)

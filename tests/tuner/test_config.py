@@ -14,7 +14,7 @@ from peft import PeftConfig
 
 from peft_moe import MoLoraConfig, PeftMoeError
 from peft_moe.routers import PRESETS, RECOMMENDED
-from peft_moe.tuner.config.mixture import FORMAT_VERSION
+from peft_moe.tuner.config.fields import FORMAT_VERSION
 
 OURS = {f.name for f in dataclasses.fields(MoLoraConfig)}
 

@@ -11,7 +11,7 @@ from peft.config import PeftConfigMixin
 
 from peft_moe import MoLoraConfig, PeftMoeError
 from peft_moe.routers import PRESETS, available_scorers
-from peft_moe.tuner.config.mixture import FORMAT_VERSION
+from peft_moe.tuner.config.fields import FORMAT_VERSION
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 NOT_BOOL = [1, 0, "yes", "true", [], 0.0]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 from ...errors import PeftMoeError, near_matches
 from ...routers import RouterSettings, Scorer
+from .fields import MixtureFields
 from .loss_rules import check_losses, check_selection
 from .routing import DEFAULTS
 
-if TYPE_CHECKING:
-    from .mixture import MoLoraConfig
 
-
-def check_shared(config: MoLoraConfig) -> None:
+def check_shared(config: MixtureFields) -> None:
     """The names in ``shared_experts``, before anything counts columns.
 
     Raises:
@@ -35,7 +32,7 @@ def check_shared(config: MoLoraConfig) -> None:
         )
 
 
-def check_routing(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
+def check_routing(config: MixtureFields, settings: RouterSettings, scorer: type[Scorer]) -> None:
     """Combinations of resolved routing fields.
 
     Raises:
@@ -73,7 +70,7 @@ def check_routing(config: MoLoraConfig, settings: RouterSettings, scorer: type[S
         warnings.warn("one expert and no null expert: the gate is always 1, nothing to train", stacklevel=4)
 
 
-def _check_constant(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
+def _check_constant(config: MixtureFields, settings: RouterSettings, scorer: type[Scorer]) -> None:
     idle = {
         _top_k_name(config): settings.top_k is not None,
         "topk_method": settings.topk_method != "greedy",
@@ -97,7 +94,7 @@ def _check_constant(config: MoLoraConfig, settings: RouterSettings, scorer: type
             )
 
 
-def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
+def _check_idle(config: MixtureFields, settings: RouterSettings, scorer: type[Scorer]) -> None:
     away_from_model = f"router_scope={config.router_scope!r}; set router_scope='model'"
     if config.router_below_tap == "prompt" and settings.granularity != "token":
         raise PeftMoeError(
@@ -153,7 +150,7 @@ def _check_idle(config: MoLoraConfig, settings: RouterSettings, scorer: type[Sco
             raise PeftMoeError(f"{name}={getattr(config, name)!r} has no effect with {reason}")
 
 
-def _check_fresh(config: MoLoraConfig) -> None:
+def _check_fresh(config: MixtureFields) -> None:
     if config.sources():
         for name in ("r", "lora_alpha", "use_rslora", "init_weights"):
             if getattr(config, name) != type(config).__dataclass_fields__[name].default:
@@ -169,11 +166,11 @@ def _check_fresh(config: MoLoraConfig) -> None:
         )
 
 
-def _top_k_name(config: MoLoraConfig) -> str:
+def _top_k_name(config: MixtureFields) -> str:
     return "top_k_per_layer" if config.top_k_per_layer else "top_k"
 
 
-def _check_sparse(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
+def _check_sparse(config: MixtureFields, settings: RouterSettings, scorer: type[Scorer]) -> None:
     name = _top_k_name(config)
     constant = settings.top_k == 1 and settings.norm_topk_prob and not settings.straight_through
     if constant and scorer.trainable and config.router_label_loss_coef == 0:

@@ -7,16 +7,14 @@ import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import PeftMoeError, near_matches
 from ...experts.spec import NAME_RULE, RESERVED_NAMES, ExpertSpec, source_name
 from ...ops import check_backend
 from ...routers import SCORING_FUNCS
 from ...routers.pooling import POOLS
-
-if TYPE_CHECKING:
-    from .mixture import MoLoraConfig
+from .fields import MixtureFields
 
 # Weights of losses that a trainer adds.
 COEFFICIENTS = (
@@ -46,7 +44,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_fields(config: MoLoraConfig) -> None:
+def check_fields(config: MixtureFields) -> None:
     """Each field by itself.
 
     Raises:

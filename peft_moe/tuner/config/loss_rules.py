@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...errors import PeftMoeError
 from ...routers import RouterSettings, Scorer
 from .field_rules import COEFFICIENTS
-
-if TYPE_CHECKING:
-    from .mixture import MoLoraConfig
+from .fields import MixtureFields
 
 
-def check_selection(config: MoLoraConfig, settings: RouterSettings) -> None:
+def check_selection(config: MixtureFields, settings: RouterSettings) -> None:
     """How weights are chosen, and how that changes with depth.
 
     Raises:
@@ -55,7 +51,7 @@ def check_selection(config: MoLoraConfig, settings: RouterSettings) -> None:
     _check_depth(config, settings)
 
 
-def _check_depth(config: MoLoraConfig, settings: RouterSettings) -> None:
+def _check_depth(config: MixtureFields, settings: RouterSettings) -> None:
     counts = config.experts_per_layer
     for name in ("experts_per_layer", "top_k_per_layer"):
         if getattr(config, name) is not None and config.router_scope == "model":
@@ -83,7 +79,7 @@ def _check_depth(config: MoLoraConfig, settings: RouterSettings) -> None:
         )
 
 
-def check_losses(config: MoLoraConfig, settings: RouterSettings, scorer: type[Scorer]) -> None:
+def check_losses(config: MixtureFields, settings: RouterSettings, scorer: type[Scorer]) -> None:
     """Weights of losses that could not do anything.
 
     Raises:

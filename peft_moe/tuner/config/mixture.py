@@ -5,29 +5,23 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ...errors import PeftMoeError
-from ...experts.spec import ExpertSpec, source_name
 from ...io.atomic import replace_file
 from .combination_rules import check_routing, check_shared
 from .field_rules import check_fields
+from .fields import FORMAT_VERSION, MixtureFields
 from .model_card import check_base_on_hub, update_card
-from .routing import RoutingFields
 from .weights_file import check_weights_file, file_digest, read_json
-
-# A field that changes what a saved mixture computes raises this number, and older versions then refuse the
-# file; of any other field that they do not know they only warn, which is PEFT's contract.
-FORMAT_VERSION = 2  # 2: mixing
 
 
 @dataclass
-class MoLoraConfig(RoutingFields, PeftConfig):
+class MoLoraConfig(MixtureFields):
     """A gated mixture of LoRA experts in the linear layers of a frozen base.
 
     How it routes is documented at :class:`RoutingFields`, whose fields are this config's as well.
@@ -64,30 +58,6 @@ class MoLoraConfig(RoutingFields, PeftConfig):
     Raises:
         PeftMoeError: a field or a combination that cannot work, with the value, the reason, the fix.
     """
-
-    experts: dict[str, str] | list[Any] | int = 4
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    bias: str = "none"
-    r: int = 8
-    lora_alpha: float = 8
-    use_rslora: bool = False
-    init_weights: bool = True
-    train_experts: bool | None = None
-    mixing: str = "linear"
-    allow_base_mismatch: bool = False
-    base_precision: str | None = None
-    base_fingerprint: dict[str, Any] | None = None
-    verify_experts: bool = True
-    weights_digest: str | None = None
-    backend: str = "auto"
-    format_version: int = FORMAT_VERSION
-    # PEFT's name matching asks for this attribute; targeting bare parameters is not offered.
-    target_parameters: None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's own
@@ -167,73 +137,6 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         """
         check_base_on_hub(self)
         return super().push_to_hub(*args, **kwargs)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.experts if isinstance(self.experts, int) else len(self.experts)
-
-    @property
-    def expert_names(self) -> list[str]:
-        """Names in the mixture's order: the order of the gates' columns."""
-        if isinstance(self.experts, int):
-            return [f"expert_{index}" for index in range(self.experts)]
-        if isinstance(self.experts, dict):
-            return list(self.experts)
-        return [entry["name"] if isinstance(entry, dict) else source_name(entry) for entry in self.experts]
-
-    @property
-    def experts_embedded(self) -> bool:
-        """True once the experts are described by records: in injected, saved and loaded configs."""
-        return isinstance(self.experts, list) and all(isinstance(entry, dict) for entry in self.experts)
-
-    def records(self) -> list[dict[str, Any]]:
-        """Of embedded experts, as they are saved; may be changed in place."""
-        entries = self.experts if isinstance(self.experts, list) else []
-        return [entry for entry in entries if isinstance(entry, dict)]
-
-    def sources(self) -> dict[str, str]:
-        """Name to folder or Hub id, for a config whose experts are still to be read; else empty."""
-        if isinstance(self.experts, dict):
-            return dict(self.experts)
-        if isinstance(self.experts, list) and not self.experts_embedded:
-            return {source_name(entry): entry for entry in self.experts}
-        return {}
-
-    def specs(self) -> list[ExpertSpec]:
-        """Descriptions of fresh or embedded experts.
-
-        Raises:
-            PeftMoeError: the experts are adapters that have not been read yet.
-        """
-        if isinstance(self.experts, int):
-            return [
-                ExpertSpec(name, r=self.r, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora)
-                for name in self.expert_names
-            ]
-        if not self.experts_embedded:
-            raise PeftMoeError("the experts have not been read yet; inject the config into a model first")
-        return [ExpertSpec.from_record(record) for record in self.records()]
-
-    @property
-    def trains(self) -> list[bool]:
-        """Of each expert, whether its own weights train."""
-        own = [record.get("trains") for record in self.records()] or [None] * self.num_experts
-        return [self.experts_default if one is None else bool(one) for one in own]
-
-    @property
-    def experts_train(self) -> bool:
-        """Whether any expert's own weights train."""
-        return any(self.trains)
-
-    @property
-    def experts_default(self) -> bool:
-        """Whether experts train of which nothing else is said."""
-        if self.train_experts is not None:
-            return self.train_experts
-        return isinstance(self.experts, int) or (
-            self.experts_embedded and all(not record.get("source") for record in self.records())
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; sets are sorted, so that the file's bytes do not depend on hashing."""

@@ -10,15 +10,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ...errors import PeftMoeError
-
-if TYPE_CHECKING:
-    from .mixture import MoLoraConfig
+from .fields import MixtureFields
 
 CARD_FILE = "README.md"
 UNKNOWN = "unknown"
@@ -50,7 +48,7 @@ def is_on_hub(name: str | None) -> bool:
     return not os.path.isdir(os.path.expanduser(name))
 
 
-def check_base_on_hub(config: Any) -> None:
+def check_base_on_hub(config: MixtureFields) -> None:
     """Refuse to upload what nobody else could load.
 
     Raises:
@@ -86,7 +84,7 @@ def license_of(card: str | os.PathLike[str] | None) -> str | None:
 
 def update_card(
     folder: str | os.PathLike[str],
-    config: MoLoraConfig,
+    config: MixtureFields,
     *,
     metrics: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -122,7 +120,7 @@ def update_card(
     return path
 
 
-def _metadata(data: dict[str, Any], config: MoLoraConfig) -> dict[str, Any]:
+def _metadata(data: dict[str, Any], config: MixtureFields) -> dict[str, Any]:
     base = config.base_model_name_or_path
     tags = [tag for tag in data.get("tags") or [] if not str(tag).startswith("base_model:")]
     data = {**data, "library_name": "peft"}
@@ -134,7 +132,7 @@ def _metadata(data: dict[str, Any], config: MoLoraConfig) -> dict[str, Any]:
     return data
 
 
-def _body(config: MoLoraConfig, figures: list[str]) -> Iterator[str]:
+def _body(config: MixtureFields, figures: list[str]) -> Iterator[str]:
     base = config.base_model_name_or_path
     names = ", ".join(f"`{name}`" for name in config.expert_names)
     yield f"# A mixture of {config.num_experts} LoRA experts"
@@ -159,7 +157,7 @@ def _body(config: MoLoraConfig, figures: list[str]) -> Iterator[str]:
     yield f"\n### Framework versions\n\n- PEFT {peft.__version__}"
 
 
-def _snippet(config: MoLoraConfig) -> Iterator[str]:
+def _snippet(config: MixtureFields) -> Iterator[str]:
     auto = _AUTO.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
     yield "```python"
     yield "import peft_moe  # registers the method with PEFT; without it loading ends in KeyError: 'MOLORA'"
@@ -170,7 +168,7 @@ def _snippet(config: MoLoraConfig) -> Iterator[str]:
     yield "```"
 
 
-def experts_table(config: MoLoraConfig) -> Iterator[str]:
+def experts_table(config: MixtureFields) -> Iterator[str]:
     """Lines of a Markdown table: name, source, licence and rank of each expert."""
     yield "| expert | source | licence | rank |"
     yield "|---|---|---|---|"
