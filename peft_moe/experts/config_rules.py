@@ -6,12 +6,22 @@ so that a field which a new PEFT adds is decided here by a person before CI is g
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from peft_moe.experts.checks import refusal, shown
+from peft_moe.io.values import (
+    Predicate,
+    dict_of,
+    is_bool,
+    is_count,
+    is_index,
+    is_positive,
+    is_regex,
+    is_word,
+    list_of,
+    optional,
+)
 
 
 class FieldRule(NamedTuple):
@@ -135,81 +145,35 @@ def _check_init(expert: str, init: Any) -> None:
     raise refusal(expert, what, fix)
 
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_alpha(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value) and value > 0
-    except OverflowError:  # an int beyond the range of floats
-        return False
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        re.compile(value)
-    except (re.error, TypeError, RecursionError, OverflowError):
-        return False
-    return isinstance(value, str) and bool(value)
-
-
-def _is_pattern_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def check(value: Any) -> bool:
-        if value is None:
-            return True
-        return isinstance(value, dict) and all(_is_regex(k) and valid(v) for k, v in value.items())
-
-    return check
-
-
-def _is_list_of(valid: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, list) and all(valid(item) for item in value)
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_layer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_string_or_null(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "auto_mapping": ("an object or null", lambda v: v is None or isinstance(v, dict)),
-    "base_model_name_or_path": ("a string or null", _is_string_or_null),
-    "revision": ("a string or null", _is_string_or_null),
-    "r": ("a whole number of at least 1", _is_rank),
-    "lora_alpha": ("a finite number above 0", _is_alpha),
-    "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
+_VALID: dict[str, tuple[str, Predicate]] = {
+    "auto_mapping": ("an object or null", optional(lambda v: isinstance(v, dict))),
+    "base_model_name_or_path": ("a string or null", optional(lambda v: isinstance(v, str))),
+    "revision": ("a string or null", optional(lambda v: isinstance(v, str))),
+    "r": ("a whole number of at least 1", is_count),
+    "lora_alpha": ("a finite number above 0", is_positive),
+    "use_rslora": ("true or false", optional(is_bool)),
     "rank_pattern": (
         "an object of regexes with whole numbers of at least 1",
-        _is_pattern_of(_is_rank),
+        optional(dict_of(is_regex, is_count)),
     ),
     "alpha_pattern": (
         "an object of regexes with finite numbers above 0",
-        _is_pattern_of(_is_alpha),
+        optional(dict_of(is_regex, is_positive)),
     ),
     "target_modules": (
         "a list of names or a regex",
-        lambda v: _is_list_of(_is_word, v) or _is_regex(v),
+        lambda v: list_of(is_word)(v) or is_regex(v),
     ),
     "exclude_modules": (
         "a list of names, a regex or null",
-        lambda v: v is None or _is_list_of(_is_word, v) or _is_regex(v),
+        optional(list_of(is_word), is_regex),
     ),
     "layers_to_transform": (
         "a layer index, a list of them or null",
-        lambda v: v is None or _is_layer(v) or _is_list_of(_is_layer, v),
+        optional(is_index, list_of(is_index)),
     ),
     "layers_pattern": (
         "a name, a list of names or null",
-        lambda v: v is None or _is_regex(v) or _is_list_of(_is_regex, v),
+        optional(is_regex, list_of(is_regex)),
     ),
 }

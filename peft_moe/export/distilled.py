@@ -21,6 +21,7 @@ from transformers import set_seed
 from ..errors import PeftMoeError
 from ..experts.tensor_checks import tensor_key
 from ..io.adapter_files import lora_fields, write_adapter
+from ..io.values import is_count, is_index
 from ..tuner.layers.shared_router import MODEL_ROUTER
 from .base_model import find_tokenizer, load_on_base, packed_files, take_along
 from .lora import Folded, beside, lora_card
@@ -79,9 +80,9 @@ def check_distillation(mixture: Mixture, rank: int | None, how: Distillation | N
             f"{mixture.label} trained {len(mixture.extras())} tensors beside experts and routers (biases, "
             "whole modules), which one LoRA cannot imitate; serve it with peft_moe imported"
         )
-    for name, least in (("steps", 0), ("batch_size", 1)):
+    for name, valid, least in (("steps", is_index, 0), ("batch_size", is_count, 1)):
         value = getattr(how, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not valid(value):
             raise PeftMoeError(f"{name}={value!r} must be a whole number of at least {least}")
     for name, below in (
         ("learning_rate", float("inf")),

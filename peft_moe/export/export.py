@@ -13,6 +13,7 @@ from ..errors import PeftMoeError, near_matches
 from ..experts.extraction.files import write_json
 from ..io.atomic import check_new_folder, new_folder
 from ..io.shards import read_size
+from ..io.values import is_count, optional
 from .adapters import export_adapters
 from .distilled import Distillation, check_distillation, export_distilled
 from .lora import export_lora
@@ -135,7 +136,7 @@ def _check(to: str, given: Mapping[str, Any]) -> None:
                 f"{name}={value!r} has no effect with to={to!r}, only with {' or '.join(kinds)}"
             )
     rank, dtype = given["rank"], given["dtype"]
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if not optional(is_count)(rank):
         raise PeftMoeError(f"rank={rank!r} must be a whole number of at least 1")
     if dtype is not None and dtype not in _DTYPES:
         raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(str(dtype), _DTYPES)}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftMoeError, near_matches
+from ..io.values import is_count
 from ..routers import PRESETS
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _per_token(count: Any, router: str, columns: int, fields: Mapping[str, Any])
         raise PeftMoeError(
             f"experts_per_token={count!r} and top_k={fields['top_k']!r} are one thing; keep one"
         )
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= columns:
+    if not is_count(count) or count > columns:
         raise PeftMoeError(
             f"experts_per_token={count!r} must be a whole number from 1 to the {columns} experts"
         )

@@ -28,6 +28,7 @@ from peft import PeftConfig
 
 from ..errors import PeftMoeError, near_matches
 from ..io.strict_yaml import read_yaml
+from ..io.values import is_index
 from ..tuner.config.mixture import MoLoraConfig
 from .entries import ExpertEntry, anchored, as_text, check_known, read_entries, read_shared, refuse_not_here
 from .gates import gate_fields
@@ -174,9 +175,9 @@ def _data_file(given: Any, folder: Path) -> str:
 def _seed(given: Any) -> int:
     if given is None:
         return 0
-    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+    if not is_index(given):
         raise PeftMoeError(f"seed={given!r} must be a whole number ≥ 0")
-    return given
+    return int(given)
 
 
 def _choice(given: Any, options: tuple[str, ...], key: str, default: str) -> str:

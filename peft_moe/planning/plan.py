@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import PeftMoeError, near_matches
+from ..io.values import is_count
 from ..tuner.config.mixture import MoLoraConfig
 from ..tuner.layers.linear import MoLoraLayer, linear_sizes
 from .header_specs import expert_specs
@@ -58,7 +59,7 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("batch", "sequence"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise PeftMoeError(f"{name}={value!r} must be a whole number of at least 1")
         for name, known in (
             ("dtype", DTYPES),

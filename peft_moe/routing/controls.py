@@ -9,7 +9,6 @@ Letters: B batch, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import PeftMoeError, near_matches
+from ..io.values import is_not_negative, is_positive
 from .context_var import Slot
 
 NOBODY = ("base", "null")
@@ -143,7 +143,7 @@ def check_temperature(temperature: Any) -> None:
     Raises:
         PeftMoeError: it is not.
     """
-    if not _is_number(temperature) or temperature <= 0:
+    if not is_positive(temperature):
         raise PeftMoeError(f"temperature={temperature!r} must be a finite number > 0; below 1 sharpens")
 
 
@@ -156,7 +156,7 @@ def check_gates(weights: Any) -> None:
     if not isinstance(weights, Mapping) or not weights:
         raise PeftMoeError(f"gates={weights!r} must map names to weights, as in {{'math': 0.7, 'law': 0.3}}")
     for name, weight in weights.items():
-        if not _is_number(weight) or weight < 0:
+        if not is_not_negative(weight):
             raise PeftMoeError(f"gates[{name!r}]={weight!r} must be a finite number ≥ 0; 0 leaves it out")
 
 
@@ -184,7 +184,3 @@ def resolve(name: str, names: Sequence[str], *, adapter: str, what: str, nobody:
         )
     options = [*names, *(NOBODY if nobody else ())]
     raise PeftMoeError(f"{what}: {name!r} is no expert of mixture {adapter!r}.{near_matches(name, options)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

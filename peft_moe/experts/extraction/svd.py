@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_moe.errors import PeftMoeError
+from peft_moe.io.values import is_bool, is_count, is_positive, optional
 
 # Up to this many rows or columns all singular values are computed; above, only the largest.
 EXACT_UP_TO = 512
@@ -44,7 +45,7 @@ class RankRule:
     dense: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dense, bool):
+        if not is_bool(self.dense):
             raise PeftMoeError(f"dense={self.dense!r} must be True or False")
         given = [name for name in ("rank", "energy") if getattr(self, name) is not None]
         if self.dense and (given or self.max_rank != type(self).max_rank):
@@ -54,14 +55,14 @@ class RankRule:
                 "difference; leave one out"
             )
         for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if not optional(is_count)(value):
                 raise PeftMoeError(f"{name}={value!r} must be a whole number ≥ 1")
         if self.rank is not None and self.energy is not None:
             raise PeftMoeError(
                 f"rank={self.rank} and energy={self.energy} both choose the rank; give one of them"
             )
         share = self.energy
-        if share is not None and (isinstance(share, bool) or not 0 < share <= 1):
+        if share is not None and not (is_positive(share) and share <= 1):
             raise PeftMoeError(f"energy={self.energy!r} must be a number above 0 and at most 1")
 
     @property

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import re
 import reprlib
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from ...errors import PeftMoeError, near_matches
 from ...experts.spec import NAME_RULE, RESERVED_NAMES, ExpertSpec, source_name
+from ...io.values import (
+    Predicate,
+    dict_of,
+    filled_list_of,
+    is_bool,
+    is_count,
+    is_finite,
+    is_index,
+    is_not_negative,
+    is_positive,
+    is_regex,
+    is_share,
+    is_word,
+    list_of,
+    optional,
+)
 from ...ops import check_backend
 from ...routers import SCORING_FUNCS
 from ...routers.pooling import POOLS
@@ -129,74 +142,9 @@ def _check_record(record: dict[Any, Any]) -> None:
             )
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the range of floats
-        return False
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_not_negative(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _many(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple | set) and all(valid(item) for item in value)
-
-
-def _some(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and len(value) > 0 and _many(valid)(value)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value < 1
-
-
-def _optional(*choices: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or any(valid(value) for valid in choices)
-
-
-def _is_index_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_word(k) and _many(_is_index)(v) for k, v in value.items())
-
-
 def _is_fingerprint(value: Any) -> bool:
     numbers = value.get("values", {}) if isinstance(value, dict) else None
-    return isinstance(numbers, dict) and all(_some(_is_number)(v) for v in numbers.values())
-
-
-def _is_pattern_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(_is_regex(k) and valid(v) for k, v in value.items())
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        re.compile(value)
-    except (re.error, TypeError, RecursionError, OverflowError):
-        return False
-    return bool(value)
+    return isinstance(numbers, dict) and all(filled_list_of(is_finite)(v) for v in numbers.values())
 
 
 _NAMES = "a list of module names, or a regex as text"
@@ -206,83 +154,83 @@ _POSITIVE = "a finite number > 0"
 _COUNTS = "a list of whole numbers ≥ 1, one for each group of layers"
 _NOT_NEGATIVE = "a finite number ≥ 0; 0 switches it off"
 
-_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "format_version": (_COUNT, _is_count),
+_VALID: dict[str, tuple[str, Predicate]] = {
+    "format_version": (_COUNT, is_count),
     "target_modules": (
         f"{_NAMES}; leave it out for the default",
-        _optional(_is_word, lambda v: _many(_is_word)(v) and len(v) > 0),
+        optional(is_word, lambda v: list_of(is_word)(v) and len(v) > 0),
     ),
-    "exclude_modules": (_NAMES, _optional(_is_word, _many(_is_word))),
-    "layers_to_transform": ("a layer's index or a list of them", _optional(_is_index, _many(_is_index))),
-    "layers_pattern": ("the name of the stack of layers, or a list", _optional(_is_word, _many(_is_word))),
-    "modules_to_save": ("a list of module names", _optional(_many(_is_word))),
+    "exclude_modules": (_NAMES, optional(is_word, list_of(is_word))),
+    "layers_to_transform": ("a layer's index or a list of them", optional(is_index, list_of(is_index))),
+    "layers_pattern": ("the name of the stack of layers, or a list", optional(is_word, list_of(is_word))),
+    "modules_to_save": ("a list of module names", optional(list_of(is_word))),
     "trainable_token_indices": (
         "a list of token ids, or a dict of embedding names and such lists",
-        _optional(_many(_is_index), _is_index_map),
+        optional(list_of(is_index), dict_of(is_word, list_of(is_index))),
     ),
-    "r": (_COUNT, _is_count),
-    "lora_alpha": (_POSITIVE, _is_positive),
-    "use_rslora": (_TRUTH, _is_bool),
-    "init_weights": (_TRUTH, _is_bool),
-    "train_experts": (_TRUTH, _optional(_is_bool)),
-    "router": ("the name of a preset or a registered router, such as 'linear'", _is_word),
-    "router_tap": ("a layer's index ≥ 0 or a layer's name", _optional(_is_index, _is_word)),
-    "router_input_norm": (_TRUTH, _optional(_is_bool)),
-    "router_temperature": (_POSITIVE, _optional(_is_positive)),
-    "router_init_std": (_NOT_NEGATIVE, _optional(_is_not_negative)),
-    "router_window": (_POSITIVE, _optional(_is_positive)),
-    "router_hidden_size": (_COUNT, _optional(_is_count)),
-    "top_k": (_COUNT, _optional(_is_count)),
-    "top_p": ("a number above 0 and below 1", _optional(_is_share)),
-    "routed_scaling_factor": (_POSITIVE, _is_positive),
-    "shared_experts": ("a list of experts' names", _many(_is_word)),
-    "experts_per_layer": (_COUNTS, _optional(_some(_is_count))),
-    "top_k_per_layer": (_COUNTS, _optional(_some(_is_count))),
-    "router_bias_update_rate": (_NOT_NEGATIVE, _optional(_is_not_negative)),
-    "router_lbc_delta": ("a number above 0 and below 1", _is_share),
-    "router_l1_target": ("a number above 0 and below 1", _optional(_is_share)),
-    "distillation_temperature": (_POSITIVE, _is_positive),
-    "distillation_adaptive": (_TRUTH, _is_bool),
-    "norm_topk_prob": (_TRUTH, _optional(_is_bool)),
-    "straight_through": (_TRUTH, _optional(_is_bool)),
-    "null_expert": (_TRUTH, _optional(_is_bool)),
-    "allow_base_mismatch": (_TRUTH, _is_bool),
-    "verify_experts": (_TRUTH, _is_bool),
+    "r": (_COUNT, is_count),
+    "lora_alpha": (_POSITIVE, is_positive),
+    "use_rslora": (_TRUTH, is_bool),
+    "init_weights": (_TRUTH, is_bool),
+    "train_experts": (_TRUTH, optional(is_bool)),
+    "router": ("the name of a preset or a registered router, such as 'linear'", is_word),
+    "router_tap": ("a layer's index ≥ 0 or a layer's name", optional(is_index, is_word)),
+    "router_input_norm": (_TRUTH, optional(is_bool)),
+    "router_temperature": (_POSITIVE, optional(is_positive)),
+    "router_init_std": (_NOT_NEGATIVE, optional(is_not_negative)),
+    "router_window": (_POSITIVE, optional(is_positive)),
+    "router_hidden_size": (_COUNT, optional(is_count)),
+    "top_k": (_COUNT, optional(is_count)),
+    "top_p": ("a number above 0 and below 1", optional(is_share)),
+    "routed_scaling_factor": (_POSITIVE, is_positive),
+    "shared_experts": ("a list of experts' names", list_of(is_word)),
+    "experts_per_layer": (_COUNTS, optional(filled_list_of(is_count))),
+    "top_k_per_layer": (_COUNTS, optional(filled_list_of(is_count))),
+    "router_bias_update_rate": (_NOT_NEGATIVE, optional(is_not_negative)),
+    "router_lbc_delta": ("a number above 0 and below 1", is_share),
+    "router_l1_target": ("a number above 0 and below 1", optional(is_share)),
+    "distillation_temperature": (_POSITIVE, is_positive),
+    "distillation_adaptive": (_TRUTH, is_bool),
+    "norm_topk_prob": (_TRUTH, optional(is_bool)),
+    "straight_through": (_TRUTH, optional(is_bool)),
+    "null_expert": (_TRUTH, optional(is_bool)),
+    "allow_base_mismatch": (_TRUTH, is_bool),
+    "verify_experts": (_TRUTH, is_bool),
     "base_fingerprint": (
         "an object that injection fills; leave it out",
-        _optional(_is_fingerprint),
+        optional(_is_fingerprint),
     ),
-    "weights_digest": ("text that saving fills; leave it out", _optional(_is_word)),
-    "base_precision": ("text such as 'full' or 'bitsandbytes nf4'; injection fills it", _optional(_is_word)),
-    **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, _is_not_negative)),
+    "weights_digest": ("text that saving fills; leave it out", optional(is_word)),
+    "base_precision": ("text such as 'full' or 'bitsandbytes nf4'; injection fills it", optional(is_word)),
+    **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, is_not_negative)),
     # Presets may fill these.
-    "router_aux_loss_coef": (_NOT_NEGATIVE, _optional(_is_not_negative)),
-    "router_l1_coef": (_NOT_NEGATIVE, _optional(_is_not_negative)),
-    "router_entropy_coef": ("a finite number; 0 switches it off", _is_number),
+    "router_aux_loss_coef": (_NOT_NEGATIVE, optional(is_not_negative)),
+    "router_l1_coef": (_NOT_NEGATIVE, optional(is_not_negative)),
+    "router_entropy_coef": ("a finite number; 0 switches it off", is_finite),
 }
 
 _TEXT = "text, or left out"
 _FLOATS = ("float32", "bfloat16", "float16")
-_TARGETS = ("a list of module names or a regex, or left out", _optional(_is_regex, _many(_is_word)))
+_TARGETS = ("a list of module names or a regex, or left out", optional(is_regex, list_of(is_word)))
 # Of one expert in a saved mixture; its fields are those of ``ExpertSpec``.
-_VALID_IN_RECORDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_VALID_IN_RECORDS: dict[str, tuple[str, Predicate]] = {
     "name": (
         "1 to 64 of the characters [A-Za-z0-9_-]",
         lambda v: isinstance(v, str) and bool(NAME_RULE.fullmatch(v)),
     ),
     **dict.fromkeys(
-        ("source", "revision", "sha256", "digest", "base_model", "license"), (_TEXT, _optional(_is_word))
+        ("source", "revision", "sha256", "digest", "base_model", "license"), (_TEXT, optional(is_word))
     ),
     "dtype": ("'float32', 'bfloat16' or 'float16', or left out", lambda v: v in (None, *_FLOATS)),
     "fan_in_fan_out": _VALID["use_rslora"],
     "r": _VALID["r"],
     "lora_alpha": _VALID["lora_alpha"],
     "use_rslora": _VALID["use_rslora"],
-    "rank_pattern": ("regexes with whole numbers ≥ 1", _is_pattern_of(_is_count)),
-    "alpha_pattern": ("regexes with finite numbers > 0", _is_pattern_of(_is_positive)),
+    "rank_pattern": ("regexes with whole numbers ≥ 1", dict_of(is_regex, is_count)),
+    "alpha_pattern": ("regexes with finite numbers > 0", dict_of(is_regex, is_positive)),
     "target_modules": _TARGETS,
     "exclude_modules": _TARGETS,
     "layers_to_transform": _VALID["layers_to_transform"],
     "layers_pattern": _VALID["layers_pattern"],
-    "trains": (f"{_TRUTH}, or left out", _optional(_is_bool)),
+    "trains": (f"{_TRUTH}, or left out", optional(is_bool)),
 }

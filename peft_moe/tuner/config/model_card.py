@@ -16,6 +16,7 @@ import peft
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ...errors import PeftMoeError
+from ...io.values import is_number
 from .fields import MixtureFields
 
 CARD_FILE = "README.md"
@@ -210,13 +211,13 @@ def _figures(metrics: Mapping[str, Any] | str | os.PathLike[str]) -> list[str]:
 
 def _tables(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     """Numbers of this level as a table; below it, tables by name."""
-    numbers = {key: one for key, one in values.items() if _is_number(one)}
+    numbers = {key: one for key, one in values.items() if is_number(one)}
     inner = {key: one for key, one in values.items() if isinstance(one, Mapping)}
     if numbers:
         yield f"\n**{name}**\n" if name else ""
         yield "| | |\n|---|---|"
         yield from (f"| {key} | {one:.6g} |" for key, one in numbers.items())
-    rows = {key: one for key, one in inner.items() if one and all(map(_is_number, one.values()))}
+    rows = {key: one for key, one in inner.items() if one and all(map(is_number, one.values()))}
     if name and rows and len(rows) == len(inner):
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         yield f"\n**{name}**\n"
@@ -229,7 +230,3 @@ def _tables(name: str, values: Mapping[str, Any]) -> Iterator[str]:
         inside = f"{name}, {key}" if name else str(key)
         if inside.count(", ") < _DEEPEST:
             yield from _tables(inside, one)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
