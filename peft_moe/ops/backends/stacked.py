@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..backend import CallSpec, MixInputs, add_product, product_dtype
-from ..chosen_ranks import Chosen
+from ..chosen_ranks import ChosenRanks
 from ..device_costs import Constants
 from ..once_differentiable import Gradients, once_differentiable
 from ..rank_map import RankMap
@@ -73,7 +73,7 @@ def _forward(
         # Gates are scaled in float32 and rounded once.
         hg_NR = h_NR * ranks.expand(gates).to(wide)
         return add_product(base_NO, hg_NR, B_RO.to(wide), overwrite), h_NR
-    chosen = Chosen(ids_NK, ranks, may_select_null)
+    chosen = ChosenRanks(ids_NK, ranks, may_select_null)
     h_NKW = chosen.take(h_NR)
     hg_NR = chosen.put(chosen.weigh(h_NKW, gates), h_NR)
     return add_product(base_NO, hg_NR, B_RO.to(wide), overwrite), h_NKW
@@ -116,7 +116,7 @@ class _Stacked(torch.autograd.Function):
         x_NI, A_RI, B_RO, gates, ids_NK, h = ctx.saved_tensors
         ranks, wide = ctx.ranks, ctx.wide
         for_x, for_A, for_B, for_gates, for_base = ctx.needs_input_grad[:5]
-        chosen = None if ids_NK is None else Chosen(ids_NK, ranks, ctx.may_select_null)
+        chosen = None if ids_NK is None else ChosenRanks(ids_NK, ranks, ctx.may_select_null)
         dx_NI = dA_RI = dB_RO = dgates = None
         with torch.autocast(dy_NO.device.type, enabled=False):
             wide_NO = dy_NO.to(wide)
@@ -134,13 +134,13 @@ class _Stacked(torch.autograd.Function):
         return dx_NI, dA_RI, dB_RO, dgates, dy_NO if for_base else None, None, None, None, None
 
 
-def _gated(values: Tensor, gates: Tensor, chosen: Chosen | None, ranks: RankMap) -> Tensor:
+def _gated(values: Tensor, gates: Tensor, chosen: ChosenRanks | None, ranks: RankMap) -> Tensor:
     if chosen is None:
         return values * ranks.expand(gates).to(values.dtype)
     return chosen.put(chosen.weigh(values, gates))
 
 
-def _gate_gradient(dhg: Tensor, h: Tensor, gates: Tensor, chosen: Chosen | None, ranks: RankMap) -> Tensor:
+def _gate_gradient(dhg: Tensor, h: Tensor, gates: Tensor, chosen: ChosenRanks | None, ranks: RankMap) -> Tensor:
     # Summed over ranks in float32: bf16 sums would lose two digits of the router's gradient.
     products = dhg.to(torch.promote_types(dhg.dtype, torch.float32)) * h
     if chosen is not None:
