@@ -1,6 +1,7 @@
-"""The arithmetic of a mixture on one linear layer: one meaning (`reference`), several forms, one entry.
+"""The arithmetic of a mixture on one linear layer: one definition, several backends, one entry point.
 
-A new form is one file with a class and a line below.
+``backends.reference`` defines the result, the other backends compute the same faster, and ``mix`` calls the
+cheapest one that can serve. A new backend is one file with a class and an entry in the lists below.
 """
 
 from .backend import BACKENDS, Backend, CallSpec, MixInputs, register_backend
@@ -30,7 +31,8 @@ __all__ = [
     "register_backend",
 ]
 
-_OWN = (Folded(), Stacked(), Grouped(), Gather(), Reference())
+# The order matters: of two backends that cost the same, the first one is chosen.
+_TORCH = (Folded(), Stacked(), Grouped(), Gather(), Reference())
 _TRITON = (TritonStacked(), TritonSorted(), TritonGather())
-for _backend in (*_OWN, *_TRITON):
+for _backend in (*_TORCH, *_TRITON):
     register_backend(_backend)

@@ -1,7 +1,8 @@
-"""What a form of the mixture is, and the list of them.
+"""The protocol of a backend, its inputs, and the registry.
 
-A form is one way to compute the same thing. It says which calls it can serve and what one would cost;
-``cost.choose`` takes the cheapest. A new form (a kernel for a device) is one file that registers itself.
+A backend is one way to compute the mixture. It says which calls it can serve and what a call would cost;
+:func:`peft_moe.ops.choose` takes the cheapest. A new backend, for example a kernel for a device, is one file
+with a class; ``peft_moe/ops/__init__.py`` registers it.
 
 Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts.
 """
@@ -20,9 +21,9 @@ from .rank_map import RankMap
 if TYPE_CHECKING:
     from .device_costs import Constants
 
-# The cost of a backend that serves a call only when it is asked for by name.
+# The cost of a backend that serves a call only when its name is asked for.
 NEVER_CHEAPEST = math.inf
-# The reason of backends that multiply the chosen experts only.
+# The reason that backends give which multiply the chosen experts only.
 NO_TOP_K = "its router keeps no fixed number of experts per token (top_k)"
 
 
@@ -32,22 +33,23 @@ class MixInputs(NamedTuple):
     x: Tensor  # [N, I]
     A: Tensor  # [R, I]
     B: Tensor  # [R, O]
-    gates: Tensor  # [N, E] or [1, E]; where the chosen experts are given, their weights
+    gates: Tensor  # [N, E] or [1, E]; the same tensor as weights where ids are given
     ranks: RankMap
     base: Tensor  # [N, O]
     ids: Tensor | None  # [N, K] or [1, K]
-    weights: Tensor | None  # as ids
+    weights: Tensor | None  # in the shape of ids
     may_select_null: bool = True  # whether "no expert" may be among the ids
-    overwrite: bool = False  # whether the sum may take the place of ``base``
-    wide: Tensor | None = None  # x in float32, where it is at hand
+    overwrite: bool = False  # whether the result may be written into ``base``
+    fp32_x: Tensor | None = None  # x in float32, where the caller already has it
 
     def dense(self) -> Tensor:
-        """Gates of all experts, [N, E] or [1, E]."""
+        """Return the gates of all experts, [N, E] or [1, E]."""
         if self.ids is None:
             return self.gates
         experts = len(self.ranks.ranks)
-        room = self.gates.new_zeros(len(self.gates), experts + 1)
-        return room.scatter(1, self.ids, self.gates)[:, :experts]
+        # "No expert" has the number E: its weight goes into an extra column, which is cut off.
+        padded = self.gates.new_zeros(len(self.gates), experts + 1)
+        return padded.scatter(1, self.ids, self.gates)[:, :experts]
 
     def choice_per_token(self) -> tuple[Tensor, Tensor]:
         """Return the chosen experts and their weights, a row for each token: two of [N, K]."""
@@ -58,16 +60,16 @@ class MixInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class CallSpec:
-    """What is known of a call without looking at its numbers.
+    """A call, described without the values of its tensors.
 
     Attributes:
         tokens, in_features, out_features: N, I, O.
         ranks: the segments of R.
-        chosen: K, where every token keeps K experts whose numbers are given; None for dense gates.
-        one_row: one row of gates serves all tokens.
-        dtype: of the products.
+        chosen: K, where the numbers of each token's K experts are given; None for dense gates.
+        one_row: whether one row of gates serves all tokens.
+        dtype: dtype of the products.
         device: "cpu", "cuda", ….
-        trains: which gradients are wanted: "x", "experts", "gates"; empty without autograd.
+        trains: the inputs that need gradients: "x", "experts", "gates", "base"; empty without autograd.
         compiling: whether torch.compile traces the call.
     """
 
@@ -84,7 +86,7 @@ class CallSpec:
 
     @property
     def sizes(self) -> int:
-        """I + O: what the work on one rank is proportional to."""
+        """I + O; the work on one rank is proportional to it."""
         return self.in_features + self.out_features
 
 
@@ -94,50 +96,54 @@ class Backend(Protocol):
     name: str
 
     def supports(self, spec: CallSpec) -> str | None:
-        """None if it can serve such a call, else the reason why not, for the user to read."""
+        """Return None if the backend can serve the call, else the reason why not, for the user."""
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
-        """Predicted seconds that the mixture adds to the base layer and the router."""
+        """Predict the seconds that the mixture adds to the base layer and the router."""
 
     def mix(self, inputs: MixInputs) -> Tensor:
-        """The base's output plus the mixture's, [N, O], in the dtype of ``base_NO``."""
+        """Return the sum of the base's output and the mixture's, [N, O], in the base's dtype."""
 
 
 BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Offer a form under its name; of two that cost the same, the one registered first is taken."""
+    """Register a backend under its name; of two that cost the same, the first one is chosen."""
     assert backend.name not in BACKENDS, backend.name
     BACKENDS[backend.name] = backend
 
 
 def product_dtype(x_NI: Tensor, A_RI: Tensor) -> torch.dtype:
-    """The dtype of the products: the wider one of input and experts, as in PEFT, or autocast's."""
+    """Return the dtype of the products: autocast's, else the wider one of input and experts, as in PEFT."""
     same = x_NI.dtype == A_RI.dtype
-    wide = x_NI.dtype if same else torch.promote_types(x_NI.dtype, A_RI.dtype)
+    dtype = x_NI.dtype if same else torch.promote_types(x_NI.dtype, A_RI.dtype)
     device = x_NI.device.type
-    if wide != torch.float64 and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return wide
+    return dtype
 
 
 def add_product(
     base_NO: Tensor, hg_NR: Tensor, B_RO: Tensor, overwrite: bool, scaling: float = 1.0
 ) -> Tensor:
-    """``base + scaling · hg B``: summed once, in the dtype of the base, and in its place if allowed."""
-    own, wide = base_NO.dtype, hg_NR.dtype
-    if own == wide:
-        into = base_NO.addmm_ if overwrite else base_NO.addmm
-        return into(hg_NR, B_RO, alpha=scaling)
-    if torch.promote_types(own, wide) != wide:
+    """Return ``base + scaling · hg B`` in the base's dtype, rounded once.
+
+    With ``overwrite`` the result is written into ``base_NO``.
+    """
+    base_dtype, dtype = base_NO.dtype, hg_NR.dtype
+    if base_dtype == dtype:
+        addmm = base_NO.addmm_ if overwrite else base_NO.addmm
+        return addmm(hg_NR, B_RO, alpha=scaling)
+    if torch.promote_types(base_dtype, dtype) != dtype:
         return add(base_NO, hg_NR @ B_RO, overwrite, scaling)
-    sum_NO = base_NO.to(wide).addmm_(hg_NR, B_RO, alpha=scaling)  # in the copy: one [N, O] less
-    return base_NO.copy_(sum_NO) if overwrite else sum_NO.to(own)
+    # The sum goes into the converted copy, which saves a second [N, O].
+    sum_NO = base_NO.to(dtype).addmm_(hg_NR, B_RO, alpha=scaling)
+    return base_NO.copy_(sum_NO) if overwrite else sum_NO.to(base_dtype)
 
 
 def add(base_NO: Tensor, delta_NO: Tensor, overwrite: bool, scaling: float = 1.0) -> Tensor:
-    """``base + scaling · delta``, in the same way."""
+    """Return ``base + scaling · delta`` in the base's dtype; with ``overwrite``, in ``base_NO``."""
     if overwrite:
         return base_NO.add_(delta_NO, alpha=scaling)
     return base_NO.add(delta_NO, alpha=scaling).to(base_NO.dtype)

@@ -1,6 +1,9 @@
-"""The numbers behind the cost model: what a device does per second, by dtype; they lie in devices.json.
+"""The constants of the cost model, by device and dtype, read from devices.json.
 
-`python benchmarks/calibrate.py` measures a device and writes its entry.
+Each backend predicts its seconds from them: FLOPs over ``flops``, bytes over ``bandwidth``, plus fixed costs
+per launch, per expert and per sort. They are fitted to layers that run, because isolated products are up to
+twice as fast as the same products between other layers. ``python benchmarks/calibrate.py`` measures a device
+and writes its entry.
 """
 
 from __future__ import annotations
@@ -18,13 +21,13 @@ DEVICES = Path(__file__).with_name("devices.json")
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a kernel of our own did where it was timed; elsewhere it does not compete.
+    """Constants of a Triton kernel, and the calls at which it was timed; at others it is never the cheapest.
 
     Attributes:
-        tokens: from this many on.
-        trains: whether also with gradients.
-        launch: seconds that it costs at least.
-        slabs: times that a chosen expert's factors are read, in equivalents.
+        tokens: the smallest number of tokens.
+        trains: whether it was also timed with gradients.
+        launch: seconds that a call takes at least.
+        slabs: how often it reads the factors of a chosen expert, as an effective number.
     """
 
     tokens: int
@@ -35,18 +38,18 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Constants:
-    """Measured in layers that run, not in isolated products, which promise twice what comes of it.
+    """Constants of one device and dtype.
 
     Attributes:
         flops: floating point operations per second of a large product.
         bandwidth: bytes per second of memory traffic.
         weight_bandwidth: bytes per second at which a small product streams its weights.
-        passes: times that a gathered or scattered row goes through memory, in equivalents.
-        per_rank: seconds for gating one rank of one token in the stacked form.
-        launch: seconds that any form costs at least.
-        segment: seconds that one expert's tokens cost beside their work.
-        sort: seconds for bringing tokens into the order of their experts.
-        kernels: Triton forms that were timed and won somewhere, by name.
+        passes: how often a gathered or scattered row moves through memory, as an effective number.
+        per_rank: seconds to gate one rank of one token in the stacked backend.
+        launch: seconds that a call of any backend takes at least.
+        segment: seconds that a group of one expert's tokens takes beyond its FLOPs and bytes.
+        sort: seconds to sort the tokens by expert.
+        kernels: Triton backends that were timed and were the fastest somewhere, by name.
     """
 
     flops: float
@@ -61,17 +64,17 @@ class Constants:
 
 
 def read_devices(text: str) -> dict[tuple[str, str], Constants]:
-    """The entries of a devices.json, by device and dtype."""
-    found = {}
+    """Parse a devices.json into constants by device and dtype."""
+    constants = {}
     for device, entry in json.loads(text).items():
         for dtype, numbers in entry.items():
             if dtype != "source":
                 kernels = {name: Kernel(**kernel) for name, kernel in numbers.get("kernels", {}).items()}
-                found[device, dtype] = Constants(**{**numbers, "kernels": kernels})
-    return found
+                constants[device, dtype] = Constants(**{**numbers, "kernels": kernels})
+    return constants
 
 
-# Read here and not when first asked for: torch.compile could not trace that.
+# Read at import: torch.compile cannot trace the reading of a file.
 SHIPPED = read_devices(DEVICES.read_text(encoding="utf-8"))
 
 
@@ -81,16 +84,16 @@ def _gpu() -> str:
 
 
 def constants_for(device: str, dtype: torch.dtype) -> Constants:
-    """The constants of a device type and dtype; of the like, where nobody measured this one.
+    """Return the constants of a device type and dtype, or of the most similar ones that were measured.
 
     Args:
         device: "cpu", "cuda", ….
-        dtype: of the products.
+        dtype: dtype of the products.
     """
-    word = str(dtype).removeprefix("torch.")
-    # What is compiled chooses among the forms that every device has.
-    name = _gpu() if device == "cuda" and not torch.compiler.is_compiling() else device
-    for key in ((name, word), (device, word), (device, "float32")):
+    dtype_name = str(dtype).removeprefix("torch.")
+    # Under torch.compile only torch's backends compete; for them the constants of the device type suffice.
+    device_name = _gpu() if device == "cuda" and not torch.compiler.is_compiling() else device
+    for key in ((device_name, dtype_name), (device, dtype_name), (device, "float32")):
         if key in SHIPPED:
             return SHIPPED[key]
     return SHIPPED["cpu", "float32"]

@@ -1,9 +1,10 @@
-"""One row of a block's hidden state per chosen expert: rows part at its first linears and meet at its last.
+"""Whole feed-forward networks as experts: one branch of the hidden state per chosen expert.
 
     y = Σ_k w_k · FFN_{e_k}(x),  where Σ_k w_k = 1 and one of the e_k may be "no expert", the base
 
-The products of the base are taken once per token: in the linears that read x they are common to all experts,
-and the last linear is applied to Σ_k w_k h_k.
+The input projections expand each token's row into K branches; the output projection combines them. The base's
+products are computed once per token: in the input projections all branches share them, and the base's output
+projection is applied to Σ_k w_k h_k.
 
 Letters: N tokens, I in, O out, F hidden features, R total rank, E experts, K branches (chosen experts, and
 the base where needed).
@@ -21,17 +22,17 @@ from .rank_map import RankMap
 def with_base_branch(
     ids_NK: Tensor, weights_NK: Tensor, experts: int, *, in_place: bool
 ) -> tuple[Tensor, Tensor]:
-    """Branches whose weights sum to 1: what the experts leave goes to the base.
+    """Give the rest of the weights, ``1 - Σ_k w_k``, to the base, so that the branches' weights sum to 1.
 
     Args:
         ids_NK: numbers of the chosen experts, [N, K] or [1, K]; E stands for "no expert".
         weights_NK: their gates.
         experts: E.
-        in_place: the rest goes to the "no expert" that is among them, if there is one, and is 0 otherwise;
-            else it gets a branch of its own.
+        in_place: if True, "no expert" gets the rest where it is among the chosen, and all other weights stay;
+            if False, the rest gets a branch of its own.
 
     Returns:
-        Both, [N, K] or [N, K + 1].
+        Ids and weights, each [N, K], or [N, K + 1] with a branch of its own.
     """
     rest_N1 = 1.0 - weights_NK.sum(-1, keepdim=True)
     if in_place:
@@ -43,10 +44,10 @@ def with_base_branch(
 def expand_branches(
     x_NI: Tensor, A_RI: Tensor, B_RO: Tensor, ids_NK: Tensor, ranks: RankMap, base_NO: Tensor, backend: str
 ) -> Tensor:
-    """A linear that reads the block's input: ``base + scaling_e · (x Aₑᵀ) Bₑ`` for each branch's expert e.
+    """Compute an input projection for each branch's expert e: ``base + scaling_e · (x Aₑᵀ) Bₑ``.
 
     Args:
-        x_NI: the input, [N, I].
+        x_NI: the network's input, [N, I].
         A_RI, B_RO: the experts' factors on one rank axis.
         ids_NK: the expert of each branch, [N, K] or [1, K].
         ranks: the segments of R.
@@ -73,7 +74,7 @@ def expand_branches(
 
 
 def combine_branches(h_KNF: Tensor, weights_NK: Tensor) -> Tensor:
-    """What the base's last linear is applied to, ``Σ_k w_k h_k`` [N, F], in the dtype of ``h_KNF``."""
+    """Return ``Σ_k w_k h_k`` [N, F], the input of the base's output projection, in the dtype of ``h_KNF``."""
     weights_KN1 = weights_NK.T.to(h_KNF.dtype)[..., None]
     return (h_KNF * weights_KN1).sum(0)
 
@@ -88,10 +89,10 @@ def combine_branch_deltas(
     base_NO: Tensor,
     backend: str,
 ) -> Tensor:
-    """The last linear: ``base + Σ_k w_k · scaling_e · (h_k Aₑᵀ) Bₑ``, e the branch's expert.
+    """Compute the output projection, ``base + Σ_k w_k · scaling_e · (h_k Aₑᵀ) Bₑ``; e is the branch's expert.
 
     Args:
-        h_KNF: every branch's hidden state, [K, N, F].
+        h_KNF: hidden state of each branch, [K, N, F].
         A_RF, B_RO: the experts' factors on one rank axis.
         ids_NK, weights_NK: the branches, [N, K] or [1, K].
         ranks: the segments of R.
@@ -117,5 +118,5 @@ def combine_branch_deltas(
 
 
 def _pairs(values_NK: Tensor, tokens: int) -> Tensor:
-    """Branch-major pairs, [K·N, 1]."""
+    """Return values per pair of branch and token, all tokens of a branch together, [K·N, 1]."""
     return values_NK.expand(tokens, -1).T.reshape(-1, 1)

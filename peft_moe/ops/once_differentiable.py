@@ -1,4 +1,8 @@
-"""Backward passes that cannot be differentiated again, and say so."""
+"""Backward passes that cannot be differentiated again, and raise a clear error.
+
+The fast backends write their backward passes by hand, outside of autograd. Torch's own
+``once_differentiable`` raises an error that does not tell users what to do; this one names the remedy.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +26,27 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Gradients:
         raise PeftMoeError(
-            "a second derivative through a mixture was asked for, which its fast forms do not have; "
-            "use MoLoraConfig(backend='reference')"
+            "a second derivative through a mixture was asked for; its fast backends have none. "
+            "Use MoLoraConfig(backend='reference')"
         )
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorates the ``backward`` of a Function: its gradients are numbers, without a graph of their own.
+    """Decorate the ``backward`` of an autograd function that has no second derivative.
 
-    Where a graph was asked for, they come with one that raises as soon as it is used.
+    The gradients carry no graph. Where the caller asked for one (``create_graph=True``), they carry a graph
+    that raises :class:`PeftMoeError` as soon as it is used.
     """
 
     @wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor) -> Gradients:
-        again = torch.is_grad_enabled()
+        creates_graph = torch.is_grad_enabled()
         with torch.no_grad():
-            found = backward(ctx, *gradients)
-        if not again:
-            return found
-        given = [g.detach().requires_grad_() for g in found if g is not None]
-        refused = iter(_Refuse.apply(*given) if given else ())  # type: ignore[no-untyped-call]  # torch's own
-        return tuple(None if g is None else next(refused) for g in found)
+            results = backward(ctx, *gradients)
+        if not creates_graph:
+            return results
+        leaves = [g.detach().requires_grad_() for g in results if g is not None]
+        refusing = iter(_Refuse.apply(*leaves) if leaves else ())  # type: ignore[no-untyped-call]  # torch's own
+        return tuple(None if g is None else next(refusing) for g in results)
 
     return wrapped

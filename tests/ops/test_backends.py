@@ -143,9 +143,9 @@ def test_uneven_choices_in_narrow_dtypes(among):
     # Most experts are empty, one has nearly all: tiles, with gradients of the factors as well.
     m = draw(120, 24, 40, (8,) * 16, 2, dtype=torch.bfloat16, among=among)
     groups = group(m.ids, m.ranks, native=False, dtype=torch.bfloat16)
-    assert groups.way == ("bins" if among == 16 else "tiles")
+    assert groups.layout == ("bins" if among == 16 else "tiles")
     assert groups.shape[0] * groups.shape[1] <= 4 * len(groups.tokens) + 8 * 16
-    assert len(groups.places.unique()) == len(groups.tokens)
+    assert len(groups.slots.unique()) == len(groups.tokens)
     direction = torch.randn(120, 40, generator=torch.Generator().manual_seed(5)).bfloat16()
     assert distance(call("grouped", m), m.wanted()) <= 4 * 2**-8
     mine = gradients(partial(call, "grouped"), m, direction)

@@ -1,4 +1,4 @@
-"""Gates that are the same for every token make the mixture one LoRA: the gates go into a factor, once.
+"""One row of gates for all tokens makes the mixture a single LoRA: the gates are multiplied into B once.
 
 Letters: N tokens, I in, O out, R total rank, E experts.
 """
@@ -16,18 +16,19 @@ from ..rank_map import RankMap
 class Folded:
     """One row of gates, multiplied into B instead of into h at every token.
 
-    Into B also where A is smaller: the gates' gradient then needs h and not x. And at the same cost with
-    gradients as without, so that a mixture gives the same bits in training, in evaluation and reloaded.
+    The gates go into B even where A is smaller, because their gradient then needs h and not x. The predicted
+    cost is the same with and without gradients, so that training, evaluation and a reloaded mixture choose
+    the same backend and compute the same bits.
     """
 
     name = "folded"
 
     def supports(self, spec: CallSpec) -> str | None:
-        """One row of gates."""
+        """Refuse calls whose gates differ between tokens."""
         return None if spec.one_row else "its gates differ from token to token"
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
-        """The products of one LoRA, and one pass over a factor."""
+        """Count the products of one LoRA, and one pass over B."""
         ranks, item = spec.ranks.total, spec.dtype.itemsize
         work = 2 * spec.tokens * ranks * spec.sizes / constants.flops
         rows = spec.tokens * (spec.in_features + 2 * spec.out_features)
@@ -36,17 +37,17 @@ class Folded:
         return max(work, traffic) + fold + constants.launch
 
     def mix(self, inputs: MixInputs) -> Tensor:
-        """``base + (x Aᵀ) (gates ∘ B)``."""
+        """Return ``base + (x Aᵀ) (gates ∘ B)``."""
         x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = inputs
-        wide = product_dtype(x_NI, A_RI)
-        A_RI, B_RO = A_RI.to(wide), B_RO.to(wide)
-        gates_R1 = ranks.expand(inputs.dense()[0]).to(wide)[:, None]
-        h_NR = functional.linear(x_NI.to(wide), A_RI)
+        dtype = product_dtype(x_NI, A_RI)
+        A_RI, B_RO = A_RI.to(dtype), B_RO.to(dtype)
+        gates_R1 = ranks.expand(inputs.dense()[0]).to(dtype)[:, None]
+        h_NR = functional.linear(x_NI.to(dtype), A_RI)
         return add_product(base_NO, h_NR, B_RO * gates_R1, inputs.overwrite)
 
 
 def folded_delta(A_RI: Tensor, B_RO: Tensor, gates_E: Tensor, ranks: RankMap) -> Tensor:
-    """The weight change that constant gates amount to, [O, I], for merging.
+    """Return the weight change of constant gates, [O, I], for merging.
 
     Args:
         A_RI, B_RO: the stacked factors.

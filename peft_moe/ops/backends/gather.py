@@ -1,9 +1,10 @@
-"""Only the chosen experts are read: their slabs are picked by index, on the device.
+"""Copies of the chosen experts' slabs (their rows of A and B), selected by index on the device.
 
-For decoding, where the traffic of the weights is the cost; and for one decision for all tokens, which makes
-the mixture one LoRA of the chosen experts' ranks.
+This suits decoding, where reading the weights is the cost. It also suits one decision for all tokens, which
+makes the mixture a single LoRA of the chosen experts' ranks.
 
-Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts, W ranks of one expert.
+Letters: N tokens, S sets of slabs (N or 1), I in, O out, R total rank, E experts, K chosen experts, W ranks
+of one expert.
 """
 
 from __future__ import annotations
@@ -16,30 +17,31 @@ from ..backend import NEVER_CHEAPEST, NO_TOP_K, CallSpec, MixInputs, add, add_pr
 from ..device_costs import Constants
 from ..rank_map import RankMap
 
-# On a CPU a narrow product costs some ten microseconds before it starts, a float32 one about one.
+# On a CPU, a product in bf16 or fp16 takes some ten microseconds before it starts, one in float32 about one.
+# Products with fewer FLOPs than this run in float32.
 _FEW_FLOPS = 2e6
 _NARROW = (torch.bfloat16, torch.float16)
-# Beyond so many times the factors, copies of slabs cost memory that no time is worth.
-_MOST_COPIES = 2
+# Copies of slabs larger than this many times the factors take too much memory, however fast they are.
+_MAX_COPIES = 2
 
 
 class Gather:
-    """The chosen experts' slabs, one set per token, or one for all."""
+    """The chosen experts' slabs, one set per token or one set for all."""
 
     name = "gather"
 
     def supports(self, spec: CallSpec) -> str | None:
-        """A fixed number of chosen experts per token."""
+        """Refuse calls without a fixed number of chosen experts per token."""
         if spec.chosen is None:
             return NO_TOP_K
         return None
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
-        """Slabs are read, written and read again; with gradients, the factors' zeros on top."""
+        """Count slabs that are read, written and read again; with gradients also the factors' gradients."""
         ranks = (spec.chosen or 0) * spec.ranks.width
         sets = 1 if spec.one_row else spec.tokens
         item = spec.dtype.itemsize
-        if sets > 1 and sets * ranks > _MOST_COPIES * spec.ranks.total:
+        if sets > 1 and sets * ranks > _MAX_COPIES * spec.ranks.total:
             return NEVER_CHEAPEST
         slabs = sets * ranks * spec.sizes * item
         traffic = (1.5 if sets == 1 else 3.0) * slabs / constants.bandwidth
@@ -49,24 +51,24 @@ class Gather:
         return work + traffic + constants.launch * (1.0 if sets == 1 else 2.0)
 
     def mix(self, inputs: MixInputs) -> Tensor:
-        """``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
+        """Return ``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
         x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, may_select_null, overwrite, fp32_NI = inputs
-        assert ids_SK is not None, "supports() has seen to it"
+        assert ids_SK is not None, "supports() refuses dense gates"
         (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
-        wide = product_dtype(x_NI, A_RI)
-        if wide in _NARROW and x_NI.is_cpu:
+        dtype = product_dtype(x_NI, A_RI)
+        if dtype in _NARROW and x_NI.is_cpu:
             work = 2 * tokens * chosen * ranks.width * (width + out)
-            wide = torch.float32 if work < _FEW_FLOPS else wide
+            dtype = torch.float32 if work < _FEW_FLOPS else dtype
         A_SRI, B_SRO, absent = _slabs(A_RI, B_RO, ids_SK, ranks, may_select_null)
-        x_NI = fp32_NI if wide == torch.float32 and fp32_NI is not None else x_NI.to(wide)
-        A_SRI, B_SRO = A_SRI.to(wide), B_SRO.to(wide)
-        # One scaling for all experts goes into the sum, where it costs nothing.
+        x_NI = fp32_NI if dtype == torch.float32 and fp32_NI is not None else x_NI.to(dtype)
+        A_SRI, B_SRO = A_SRI.to(dtype), B_SRO.to(dtype)
+        # A scaling that all experts share is applied in the sum, where it costs nothing.
         scaling = ranks.one_scaling
         if scaling is None:
             scaling, weights_SK = 1.0, ranks.scale_chosen(weights_SK, ids_SK)
         weights_SK1 = weights_SK.view(sets, chosen, 1)
-        if weights_SK1.dtype != wide:
-            weights_SK1 = weights_SK1.to(wide)
+        if weights_SK1.dtype != dtype:
+            weights_SK1 = weights_SK1.to(dtype)
         if sets == 1:
             h_NR = functional.linear(x_NI, A_SRI.view(-1, width))
         else:
@@ -79,12 +81,12 @@ class Gather:
 
 
 def _gated(h_NKW: Tensor, weights_SK1: Tensor, absent: Tensor | None, h_NR: Tensor) -> Tensor:
-    """Every rank times its expert's weight, 0 where it has none; ``h_NR`` is ``h_NKW`` in another shape."""
+    """Multiply each rank by its expert's weight, 0 where ``absent``; ``h_NR`` is a view of ``h_NKW``."""
     if torch.is_grad_enabled():
         hg_NKW = h_NKW * weights_SK1
         hg_NKW = hg_NKW if absent is None else hg_NKW.masked_fill(absent, 0.0)
         return hg_NKW.view(h_NR.shape)
-    # In its place, so that in a step nothing is made for it, not even a view.
+    # In place: a decode step then allocates nothing here, not even a view.
     h_NKW.mul_(weights_SK1)
     if absent is not None:
         h_NKW.masked_fill_(absent, 0.0)
@@ -94,9 +96,9 @@ def _gated(h_NKW: Tensor, weights_SK1: Tensor, absent: Tensor | None, h_NR: Tens
 def _slabs(
     A_RI: Tensor, B_RO: Tensor, ids_SK: Tensor, ranks: RankMap, may_select_null: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The chosen rows of both factors, and where there are none, for [S, K, W]."""
+    """Return the chosen rows of both factors, and a mask of the entries [S, K, W] that have no rank."""
     if ranks.equal:
-        # One row per expert: rows are picked several times faster than ranks.
+        # One row per expert: whole experts are selected several times faster than single ranks.
         experts, ids = len(ranks.ranks), ids_SK.reshape(-1)
         absent = None
         if may_select_null:

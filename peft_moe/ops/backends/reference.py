@@ -1,4 +1,4 @@
-"""The meaning of a mixture, as a plain loop over experts: the oracle that every other form must equal.
+"""The definition of a mixture, as a plain loop over experts. Every other backend must equal it.
 
 Letters: N tokens, I in, O out, R total rank, E experts.
 """
@@ -15,7 +15,7 @@ from ..rank_map import RankMap
 def mix_reference(
     x_NI: Tensor, A_RI: Tensor, B_RO: Tensor, gates_NE: Tensor, ranks: RankMap, base_NO: Tensor
 ) -> Tensor:
-    """``base + Σ_e gate_e · scaling_e · (x Aₑᵀ) Bₑ``, one expert after another.
+    """Return ``base + Σ_e gate_e · scaling_e · (x Aₑᵀ) Bₑ``, summed one expert after another.
 
     Args:
         x_NI: the layer's input, [N, I].
@@ -26,7 +26,7 @@ def mix_reference(
         base_NO: output of the frozen base layer, [N, O].
 
     Returns:
-        [N, O]. Any float dtype; float64 is what golden numbers are made with.
+        [N, O], in any float dtype; golden numbers are made in float64.
     """
     out_NO = base_NO
     for expert, segment in enumerate(ranks.slices()):
@@ -37,25 +37,25 @@ def mix_reference(
 
 
 class Reference:
-    """Every expert on every token; the only form that can be differentiated twice."""
+    """Every expert on every token, by plain torch operations, so that it can be differentiated twice."""
 
     name = "reference"
 
     def supports(self, spec: CallSpec) -> str | None:
-        """Always."""
+        """Return None: every call is supported."""
         return None
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
-        """Two products per expert, and four passes over the output."""
+        """Count two products per expert, and four passes over the output."""
         elements = spec.tokens * len(spec.ranks.ranks) * spec.out_features
         work = 2 * spec.tokens * spec.ranks.total * spec.sizes / constants.flops
         traffic = 4 * elements * spec.dtype.itemsize / constants.bandwidth
         return work + traffic + len(spec.ranks.ranks) * (2 * constants.segment + constants.launch)
 
     def mix(self, inputs: MixInputs) -> Tensor:
-        """As :func:`mix_reference`, with products in one dtype and the sum in that of the base."""
+        """Run :func:`mix_reference` with its products in one dtype and its sum in the base's dtype."""
         x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = inputs
         gates_NE = inputs.dense()
-        wide = product_dtype(x_NI, A_RI)
-        out_NO = mix_reference(x_NI.to(wide), A_RI.to(wide), B_RO.to(wide), gates_NE, ranks, base_NO)
+        dtype = product_dtype(x_NI, A_RI)
+        out_NO = mix_reference(x_NI.to(dtype), A_RI.to(dtype), B_RO.to(dtype), gates_NE, ranks, base_NO)
         return out_NO.to(base_NO.dtype)
