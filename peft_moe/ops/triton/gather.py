@@ -1,8 +1,8 @@
-"""Decoding: few tokens, and of the experts only the chosen slabs are read, by an index on the device.
+"""Kernels for decoding: few tokens, which read only the chosen experts' slabs, by an index on the device.
 
-Two launches with shapes that do not depend on the choice, no copy of a slab and no question to the host,
-so that a CUDA graph can hold them. The width of the input is split over programs, whose partial sums the
-second launch adds in a fixed order.
+There are two launches. Their shapes do not depend on the choice, they copy no slab and they never wait for
+the host, so that a CUDA graph can hold them. The first launch splits the input's width over programs; the
+second one adds their partial sums in a fixed order.
 
 Letters: N tokens, I in, O out, R total rank, K slots of a token.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .common import RankTables, rows_of
 
-# Elements of a slab that a program reads at once: few, since a decode step needs many small readers.
-_SLAB, _SHORTEST = 2048, 32
+# Elements of a slab that a program reads at once: few, because a decode step is fast with many small readers.
+_SLAB, _MIN_PIECE = 2048, 32
 
 
 def gather_mix(
@@ -32,32 +32,35 @@ def gather_mix(
     *,
     pieces: tuple[int, int] | None = None,
 ) -> Tensor:
-    """``base + Σ_k weight_k · scaling · (x Aᵀ) B`` over each token's chosen experts, [N, O]; no gradient.
+    """Return ``base + Σ_k weight_k · scaling · (x Aᵀ) B`` over each token's chosen experts, without gradient.
 
     Args:
-        x_NI, A_RI, B_RO, base_NO: as in :func:`peft_moe.ops.mix_reference`, of one dtype.
-        expert_ids_NK: any integer dtype; an id outside [0, E) means no expert.
-        weights_NK: their gates.
-        tables: of the rank map.
-        pieces: widths that one program reads of the input and writes of the output.
+        x_NI, A_RI, B_RO, base_NO: as in :func:`peft_moe.ops.mix_reference`, all in one dtype.
+        expert_ids_NK: chosen experts, in any integer dtype; an id outside [0, E) means no expert.
+        weights_NK: gates of the chosen experts.
+        tables: the rank map's tables.
+        pieces: the width of the input that a program reads, and of the output that it writes.
+
+    Returns:
+        [N, O].
     """
     x_NI, base_NO = rows_of(x_NI), rows_of(base_NO)
     expert_ids_NK, weights_NK = expert_ids_NK.contiguous(), weights_NK.contiguous()
     (tokens, width), slots, out_width = x_NI.shape, expert_ids_NK.shape[1], B_RO.shape[1]
     ranks = triton.next_power_of_2(tables.widest)
-    short = max(_SHORTEST, _SLAB // ranks)
-    part_in, part_out = pieces or (short, short)
-    splits = triton.cdiv(width, part_in)
+    piece = max(_MIN_PIECE, _SLAB // ranks)
+    piece_in, piece_out = pieces or (piece, piece)
+    splits = triton.cdiv(width, piece_in)
     partial = torch.empty(tokens * slots, splits, ranks, dtype=torch.float32, device=x_NI.device)
     out_NO = torch.empty_like(base_NO, memory_format=torch.contiguous_format)
     _partial_h[(splits, tokens * slots)](
         x_NI, A_RI, expert_ids_NK, partial, tables.starts, x_NI.stride(0), A_RI.stride(0), width, slots,
-        tables.experts, RANKS=ranks, PIECE=part_in, num_warps=4,
+        tables.experts, RANKS=ranks, PIECE=piece_in, num_warps=4,
     )  # fmt: skip
-    _gathered[(triton.cdiv(out_width, part_out), tokens)](
+    _gathered[(triton.cdiv(out_width, piece_out), tokens)](
         partial, B_RO, expert_ids_NK, weights_NK, base_NO, out_NO, tables.starts, tables.scaling,
         B_RO.stride(0), base_NO.stride(0), splits, out_width, tables.experts, SLOTS=slots, RANKS=ranks,
-        SPLITS=triton.next_power_of_2(splits), PIECE=part_out, num_warps=4,
+        SPLITS=triton.next_power_of_2(splits), PIECE=piece_out, num_warps=4,
     )  # fmt: skip
     return out_NO
 
@@ -81,15 +84,15 @@ def _partial_h(
     group = tl.load(ids + pair).to(tl.int32)
     group = tl.where((group < 0) | (group >= experts), experts, group)
     start = tl.load(starts + group)
-    held = tl.arange(0, RANKS) < tl.load(starts + group + 1) - start
+    is_rank = tl.arange(0, RANKS) < tl.load(starts + group + 1) - start
     column = split * PIECE + tl.arange(0, PIECE)
     inside = column < width
     x_piece = tl.load(x + (pair // slots).to(tl.int64) * x_stride + column, mask=inside, other=0.0)
     rank = (start + tl.arange(0, RANKS)).to(tl.int64)
     slab_at = a + rank[:, None] * a_stride + column[None, :]
-    slab = tl.load(slab_at, mask=held[:, None] & inside[None, :], other=0.0)
+    slab = tl.load(slab_at, mask=is_rank[:, None] & inside[None, :], other=0.0)
     sums = tl.sum(slab.to(tl.float32) * x_piece.to(tl.float32)[None, :], axis=1)
-    sums = tl.where(held, sums, 0.0)
+    sums = tl.where(is_rank, sums, 0.0)
     tl.store(partial + (pair * tl.num_programs(0) + split) * RANKS + tl.arange(0, RANKS), sums)
 
 
@@ -123,9 +126,9 @@ def _gathered(
         group = tl.load(ids + pair).to(tl.int32)
         group = tl.where((group < 0) | (group >= experts), experts, group)
         start = tl.load(starts + group)
-        held = rank < tl.load(starts + group + 1) - start
+        is_rank = rank < tl.load(starts + group + 1) - start
         slab_at = b + (start + rank).to(tl.int64)[:, None] * b_stride + column[None, :]
-        slab = tl.load(slab_at, mask=held[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        slab = tl.load(slab_at, mask=is_rank[:, None] & inside[None, :], other=0.0).to(tl.float32)
         parts_at = partial + (pair * splits + split)[:, None] * RANKS + rank[None, :]
         h = tl.sum(tl.load(parts_at, mask=(split < splits)[:, None], other=0.0), axis=0)
         h *= tl.load(weights + pair).to(tl.float32) * tl.load(scaling + group)

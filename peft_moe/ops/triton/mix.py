@@ -1,7 +1,7 @@
 """Mixtures by Triton kernels, with the gradients that router training needs.
 
-What is kept for the backward pass: h at the chosen experts (all of it for dense gates), the gates, and who
-chose whom. Experts are frozen here; to train them is the other forms' business.
+The backward pass keeps h at the chosen experts (all of h for dense gates), the gates, and the choice. Experts
+are frozen here; other backends train them.
 
 Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts, Q the largest rank.
 """
@@ -31,16 +31,19 @@ def mix_sorted(
     ids_NK: Tensor,
     weights_NK: Tensor,
 ) -> Tensor:
-    """``base + Σ_k weight_k · scaling · (x Aᵀ) B`` over tokens sorted by expert, [N, O].
+    """Return ``base + Σ_k weight_k · scaling · (x Aᵀ) B``, computed over tokens sorted by expert.
 
     Args:
-        x_NI, A_RI, B_RO: as in :func:`peft_moe.ops.mix`, of one dtype; N and R at least 1.
+        x_NI, A_RI, B_RO: as in :func:`peft_moe.ops.mix`, all in one dtype; N and R at least 1.
         ranks: the segments of R.
-        base_NO: output of the base layer, whose dtype the result has.
+        base_NO: output of the base layer; the result has its dtype.
         ids_NK, weights_NK: the chosen experts (E for none) and their gates.
+
+    Returns:
+        [N, O].
     """
     weights_NK = weights_NK if torch.is_grad_enabled() else weights_NK.detach()
-    out_NO: Tensor = _Sorted.apply(x_NI, A_RI, B_RO, weights_NK, base_NO, ids_NK, ranks)  # type: ignore[no-untyped-call]
+    out_NO: Tensor = _Sorted.apply(x_NI, A_RI, B_RO, weights_NK, base_NO, ids_NK, ranks)  # type: ignore[no-untyped-call]  # torch's own
     return out_NO
 
 
@@ -53,15 +56,18 @@ def mix_fused(
     gates: Tensor,
     ids_NK: Tensor | None = None,
 ) -> Tensor:
-    """``base + ((x Aᵀ) ∘ gates per rank) B`` with the gates in the first product's epilogue, [N, O].
+    """Return ``base + ((x Aᵀ) ∘ gates per rank) B``; the first product's epilogue applies the gates.
 
     Args:
         x_NI, A_RI, B_RO, ranks, base_NO: as in :func:`mix_sorted`.
-        gates: [N, E] or [1, E]; with ids, those of the chosen experts [N, K].
+        gates: gates of all experts, [N, E] or [1, E]; with ids, those of the chosen experts, [N, K].
         ids_NK: the chosen experts; None for dense gates.
+
+    Returns:
+        [N, O].
     """
     gates = gates if torch.is_grad_enabled() else gates.detach()
-    out_NO: Tensor = _Fused.apply(x_NI, A_RI, B_RO, gates, base_NO, ids_NK, ranks)  # type: ignore[no-untyped-call]
+    out_NO: Tensor = _Fused.apply(x_NI, A_RI, B_RO, gates, base_NO, ids_NK, ranks)  # type: ignore[no-untyped-call]  # torch's own
     return out_NO
 
 
@@ -74,7 +80,7 @@ def mix_gathered(
     ids_NK: Tensor,
     weights_NK: Tensor,
 ) -> Tensor:
-    """As :func:`mix_sorted`, for few tokens: only the chosen experts are read. Without gradients."""
+    """Do the same as :func:`mix_sorted` for few tokens, without gradients; read only the chosen experts."""
     return gather_mix(x_NI, A_RI, B_RO, ids_NK, weights_NK, _tables(ranks, x_NI), base_NO)
 
 
@@ -99,7 +105,7 @@ class _Sorted(torch.autograd.Function):
         schedule = make_schedule(ids_NK, tables.experts, rows)
         for_gates = ctx.needs_input_grad[3]
         hg_NKQ, h_NKQ = shrink(x_NI, A_RI, weights_NK, schedule, tables, keep=for_gates)
-        # The sorted order says who chose whom: the ids themselves are not kept.
+        # The sorted order implies the choice, so the ids are not kept.
         ctx.save_for_backward(
             A_RI if ctx.needs_input_grad[0] else None,
             B_RO,
@@ -119,8 +125,8 @@ class _Sorted(torch.autograd.Function):
         for_x, for_gates, for_base = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         dx_NI = dweights_NK = None
         if for_x or for_gates:
-            given = dy_NO.to(B_RO.dtype)
-            dh_NKQ, dweights_NK = shrink(given, B_RO, weights_NK, schedule, tables, h_NKQ=h_NKQ)
+            dy_cast_NO = dy_NO.to(B_RO.dtype)
+            dh_NKQ, dweights_NK = shrink(dy_cast_NO, B_RO, weights_NK, schedule, tables, h_NKQ=h_NKQ)
             dweights_NK = None if dweights_NK is None else dweights_NK.to(weights_NK.dtype)
             dx_NI = expand(dh_NKQ, A_RI, schedule, tables, None) if for_x else None
         return dx_NI, None, None, dweights_NK, dy_NO if for_base else None, None, None
@@ -151,8 +157,8 @@ class _Fused(torch.autograd.Function):
         for_x, for_gates, for_base = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         dx_NI = dgates = None
         if for_x or for_gates:
-            given = dy_NO.to(B_RO.dtype)
-            dh_NR, dgates = stacked_shrink(given, B_RO, gates, ctx.tables, expert_ids_NK=ids_NK, h=h)
+            dy_cast_NO = dy_NO.to(B_RO.dtype)
+            dh_NR, dgates = stacked_shrink(dy_cast_NO, B_RO, gates, ctx.tables, expert_ids_NK=ids_NK, h=h)
             if dgates is not None:
                 dgates = dgates.sum(0, keepdim=True) if len(gates) == 1 else dgates
                 dgates = dgates.to(gates.dtype)

@@ -1,10 +1,10 @@
 """Sparse mixtures over sorted tokens: shrink to the chosen ranks, expand back into the token's row.
 
-``shrink`` gathers a block's rows while loading and multiplies them by one expert's slab; its epilogue
-applies the gate (forward), or gives the gradient of the gate and of h together (backward). ``expand``
-takes one pass per slot, each adding to a token's row once; the base is added in the last one.
+``shrink`` gathers a block's rows as it loads them and multiplies them by one expert's slab. Its epilogue
+applies the gate (forward), or computes the gradients of the gate and of h together (backward). ``expand``
+runs one pass per slot, which adds to each token's row once; the last pass adds the base.
 
-Letters: N tokens, D width of the rows (in or out), R total rank, K slots of a token, Q ranks kept per slot.
+Letters: N tokens, D width of the rows (in or out), R total rank, K slots of a token, Q ranks saved per slot.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -20,18 +20,18 @@ from .schedule import Schedule
 
 
 def rows_per_block(tokens: int, experts: int) -> int:
-    """Tokens of one expert in one program: about what an expert gets, within what a tile can hold."""
+    """Return the number of tokens per program: near an expert's average, within the limits of a tile."""
     return int(min(64, max(16, triton.next_power_of_2(tokens // experts + 1))))
 
 
 def shrink_tiles(dtype: torch.dtype, rows: int, ranks: int) -> Tiles:
-    """Tile sizes of ``shrink``."""
+    """Return the tile sizes of ``shrink``."""
     depth = (128 if ranks <= 32 else 64) // (2 if dtype == torch.float32 else 1)
     return Tiles(rows, ranks, depth, 4, 4 if rows <= 32 else 3)
 
 
 def expand_tiles(dtype: torch.dtype, rows: int, ranks: int) -> Tiles:
-    """Tile sizes of ``expand``."""
+    """Return the tile sizes of ``expand``."""
     if dtype == torch.float32:
         return Tiles(rows, 32 if ranks > 16 else 64, ranks, 8, 2)
     return Tiles(rows, 128 if ranks <= 64 else 64, ranks, 4, 2)
@@ -48,20 +48,21 @@ def shrink(
     h_NKQ: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Products of every token with its chosen experts' rows of W.
+    """Multiply each token's row by its chosen experts' rows of W.
 
     Args:
-        x_ND: [N, D]; the layer's input, or the gradient of its output.
-        W_RD: [R, D]; A, or B.
+        x_ND: the layer's input, or the gradient of its output, [N, D].
+        W_RD: A, or B, [R, D].
         weights_NK: gates of the chosen experts, float32 [N, K].
-        schedule, tables: of the expert ids, of the rank map.
+        schedule: the sorted tokens.
+        tables: the rank map's tables.
         keep: also return the products without their gates, for the backward pass.
-        h_NKQ: what the forward pass kept; asks for the backward epilogue.
-        tiles: sizes to use instead of the usual ones.
+        h_NKQ: the products that the forward pass kept; with them the backward epilogue runs.
+        tiles: tile sizes; None takes the default ones.
 
     Returns:
-        Forward: gated products [N, K, Q] in the dtype of ``x_ND``, and those without gates or None.
-        Backward: the gradient of h [N, K, Q], and of the gates, float32 [N, K].
+        Forward: gated products [N, K, Q] in the dtype of ``x_ND``, and the products without gates or None.
+        Backward: the gradients of h, [N, K, Q], and of the gates, float32 [N, K].
     """
     x_ND, weights_NK = rows_of(x_ND), weights_NK.contiguous()
     (tokens, width), slots = x_ND.shape, weights_NK.shape[1]
@@ -91,7 +92,7 @@ def expand(
     *,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """``base + Σ_k h[:, k] W[ranks of the k-th expert]``, [N, D]; arguments as in :func:`shrink`."""
+    """Return ``base + Σ_k h[:, k] W[ranks of the k-th expert]``, [N, D]; arguments as in :func:`shrink`."""
     tokens, slots, _ = h_NKQ.shape
     width = W_RD.shape[1]
     tiles = tiles or expand_tiles(h_NKQ.dtype, schedule.rows, tables.tile)
@@ -111,7 +112,7 @@ def expand(
 
 @triton.jit
 def _shrink(
-    x, w, weights, kept, out, second, order, groups, starts, scaling, x_stride, w_stride, slots, experts,
+    x, w, weights, saved, out, second, order, groups, starts, scaling, x_stride, w_stride, slots, experts,
     widest, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
     RANKS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +128,7 @@ def _shrink(
     ranks = tl.load(starts + group + 1) - start
     rank = tl.arange(0, RANKS)
     column = tl.arange(0, DEPTH)
-    held = rank < ranks
+    is_rank = rank < ranks
     x_at = x + token[:, None] * x_stride + column[None, :]
     w_at = w + (start + rank).to(tl.int64)[None, :] * w_stride + column[:, None]
     sums = tl.zeros([ROWS, RANKS], tl.float32)
@@ -135,24 +136,24 @@ def _shrink(
         for done in range(0, WIDTH, DEPTH):
             if WIDTH % DEPTH == 0:
                 x_tile = tl.load(x_at + done, mask=live[:, None], other=0.0)
-                w_tile = tl.load(w_at + done, mask=held[None, :], other=0.0)
+                w_tile = tl.load(w_at + done, mask=is_rank[None, :], other=0.0)
             else:
                 inside = column < WIDTH - done
                 x_tile = tl.load(x_at + done, mask=live[:, None] & inside[None, :], other=0.0)
-                w_tile = tl.load(w_at + done, mask=held[None, :] & inside[:, None], other=0.0)
+                w_tile = tl.load(w_at + done, mask=is_rank[None, :] & inside[:, None], other=0.0)
             sums = product(x_tile, w_tile, sums, PRECISION)
-    sums = tl.where(held[None, :], sums, 0.0)  # 0·inf of a broken row must not reach the padding
+    sums = tl.where(is_rank[None, :], sums, 0.0)  # padding must stay zero where a row holds inf or nan
     scale = tl.load(scaling + group)
     pair = token * slots + slot
     gate = tl.load(weights + pair, mask=live, other=0.0).to(tl.float32) * scale
-    place = pair[:, None] * widest + rank[None, :]
+    position = pair[:, None] * widest + rank[None, :]
     mask = live[:, None] & (rank < widest)[None, :]
     if BACKWARD:
-        h = tl.load(kept + place, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(saved + position, mask=mask, other=0.0).to(tl.float32)
         tl.store(second + pair, tl.sum(sums * h, axis=1) * scale, mask=live)
     if KEEP:
-        tl.store(second + place, sums.to(second.dtype.element_ty), mask=mask)
-    tl.store(out + place, (sums * gate[:, None]).to(out.dtype.element_ty), mask=mask)
+        tl.store(second + position, sums.to(second.dtype.element_ty), mask=mask)
+    tl.store(out + position, (sums * gate[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -190,12 +191,12 @@ def _expand(
     ranks = tl.load(starts + group + 1) - start
     rank = tl.arange(0, RANKS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    held = rank < ranks
-    place = (token * slots + slot)[:, None] * widest + rank[None, :]
-    h_tile = tl.load(h + place, mask=live[:, None] & held[None, :], other=0.0)
+    is_rank = rank < ranks
+    position = (token * slots + slot)[:, None] * widest + rank[None, :]
+    h_tile = tl.load(h + position, mask=live[:, None] & is_rank[None, :], other=0.0)
     w_at = w + (start + rank).to(tl.int64)[:, None] * w_stride + column[None, :]
     mask = live[:, None]
-    w_mask = held[:, None]
+    w_mask = is_rank[:, None]
     if not EVEN:
         mask = mask & (column < width)[None, :]
         w_mask = w_mask & (column < width)[None, :]

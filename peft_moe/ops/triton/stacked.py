@@ -1,9 +1,10 @@
-"""The stacked form with its gates in the epilogue of the A product: h·g is written once.
+"""The stacked backend as kernels: the gates are applied in the epilogue of the A product.
 
-The backward epilogue gives the gradient of h and, reduced in float32, of the gates from the same product.
+The gated h is thus written once. The backward epilogue computes the gradient of h and, reduced in float32,
+the gradient of the gates from one product.
 
 Letters: N tokens, D width of the rows (in or out), R total rank, E experts, K slots of a token, Q ranks
-kept per slot.
+saved per slot.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -18,17 +19,17 @@ from .common import MIN_TILE, RankTables, Tiles, precision, product, rows_of
 
 
 def stacked_tiles(dtype: torch.dtype, tokens: int, total: int, rank: int) -> Tiles:
-    """Tile sizes of ``stacked_shrink``; columns hold whole experts where ranks are powers of two."""
+    """Return the tile sizes of ``stacked_shrink``; a tile holds whole experts if ranks are powers of two."""
     columns = max(min(128, triton.next_power_of_2(total)), triton.next_power_of_2(rank), MIN_TILE)
     rows = 16 if tokens < 1024 else 32 if tokens < 8192 else 64
     if dtype == torch.float32:
         return Tiles(rows, max(min(columns, 64), triton.next_power_of_2(rank)), 32, 4, 3)
-    # Four warps would spill where the epilogue holds a second tile.
+    # With four warps, registers spill where the epilogue holds a second tile.
     return Tiles(rows, columns, 128 if columns <= 64 else 64, 8 if columns > 64 else 4, 4)
 
 
 def add_tiles(dtype: torch.dtype, tokens: int) -> Tiles:
-    """Tile sizes of ``stacked_expand``."""
+    """Return the tile sizes of ``stacked_expand``."""
     if dtype == torch.float32:
         return Tiles(32, 64, 32, 4, 2)
     return Tiles(64 if tokens <= 1024 else 128, 128, 64, 8, 3)
@@ -45,22 +46,22 @@ def stacked_shrink(
     h: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(x Wᵀ) ∘ gates per rank``, and what the backward pass needs.
+    """Return ``(x Wᵀ) ∘ gates per rank``, and the products that the backward pass needs.
 
     Args:
-        x_ND: [N, D]; the layer's input, or the gradient of its output.
-        W_RD: [R, D]; A, or B.
-        weights: gates [N, E] or [1, E]; with ids, those of the chosen experts [N, K].
-        tables: of the rank map.
+        x_ND: the layer's input, or the gradient of its output, [N, D].
+        W_RD: A, or B, [R, D].
+        weights: gates of all experts, [N, E] or [1, E]; with ids, those of the chosen experts, [N, K].
+        tables: the rank map's tables.
         expert_ids_NK: the chosen experts; None for dense gates.
         keep: also return the products without gates.
-        h: what the forward pass kept; asks for the backward epilogue, which needs equal ranks that are
-            powers of two: an expert must lie within one tile of ranks.
-        tiles: sizes to use instead of the usual ones.
+        h: the products that the forward pass kept; with them the backward epilogue runs. It needs equal
+            ranks that are powers of two, because an expert must lie within one tile of ranks.
+        tiles: tile sizes; None takes the default ones.
 
     Returns:
-        Forward: [N, R], and what is kept or None: [N, R], with ids only the chosen ranks [N, K, Q].
-        Backward: the gradient of h [N, R], and of the gates, float32 [N, E] or [N, K].
+        Forward: [N, R], and the kept products or None: [N, R], with ids only the chosen ranks, [N, K, Q].
+        Backward: the gradients of h, [N, R], and of the gates, float32 [N, E] or [N, K].
     """
     x_ND, weights = rows_of(x_ND), weights.contiguous()
     (tokens, width), total = x_ND.shape, W_RD.shape[0]
@@ -69,7 +70,7 @@ def stacked_shrink(
     out_NR = x_ND.new_empty(tokens, total)
     second = out_NR
     if h is not None:
-        # A token's slot without an expert is in no tile.
+        # No tile covers a slot without an expert, so the gradients start at zero.
         second = weights.new_zeros(tokens, slots or tables.experts, dtype=torch.float32)
     elif keep:
         second = x_ND.new_empty((tokens, slots, tables.widest) if slots else (tokens, total))
@@ -87,14 +88,14 @@ def stacked_shrink(
 def stacked_expand(
     h_NR: Tensor, W_RD: Tensor, base_ND: Tensor, *, in_place: bool = False, tiles: Tiles | None = None
 ) -> Tensor:
-    """``base + h W``, [N, D]: the base is read once and the sum written once.
+    """Return ``base + h W``, [N, D]; the base is read once and the sum is written once.
 
     Args:
         h_NR: gated products.
         W_RD: B.
         base_ND: output of the base layer.
-        in_place: overwrite ``base_ND``, whose rows must lie in one piece.
-        tiles: sizes to use instead of the usual ones.
+        in_place: overwrite ``base_ND``, whose rows must be contiguous.
+        tiles: tile sizes; None takes the default ones.
     """
     base_ND = rows_of(base_ND)
     tokens, width = base_ND.shape
@@ -110,18 +111,18 @@ def stacked_expand(
 
 @triton.jit
 def _dense_gates(
-    sums, row, rank, owner, scale, mask, weights, kept, second, gate_stride, total, experts,
+    sums, row, rank, owner, scale, mask, weights, saved, second, gate_stride, total, experts,
     WIDEST: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gates of a tile from [N, E]; keeps the products, or stores the gradient of the gates."""
+    """Load a tile's gates from [N, E]; keep the products, or store the gradient of the gates."""
     at = row[:, None] * total + rank[None, :]
     gate_at = weights + row[:, None] * gate_stride + owner[None, :]
     gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
     if KEEP:
         tl.store(second + at, sums.to(second.dtype.element_ty), mask=mask)
     if BACKWARD:
-        products = sums * tl.load(kept + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :]
+        products = sums * tl.load(saved + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :]
         sums_of = tl.sum(tl.reshape(products, [ROWS, COLUMNS // WIDEST, WIDEST]), axis=2)
         expert = tl.program_id(0) * (COLUMNS // WIDEST) + tl.arange(0, COLUMNS // WIDEST)
         live = tl.max(mask.to(tl.int32), axis=1) > 0
@@ -132,11 +133,11 @@ def _dense_gates(
 
 @triton.jit
 def _chosen_gates(
-    sums, row, owner, within, scale, mask, ids, weights, kept, second, tokens,
+    sums, row, owner, within, scale, mask, ids, weights, saved, second, tokens,
     SLOTS: tl.constexpr, WIDEST: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gates of a tile from the chosen experts [N, K]; keeps or differentiates at these ranks only."""
+    """Load a tile's gates from the chosen experts [N, K]; keep or differentiate at their ranks only."""
     gate = tl.zeros([ROWS, COLUMNS], tl.float32)
     live = row < tokens
     for slot in tl.static_range(SLOTS):
@@ -145,11 +146,11 @@ def _chosen_gates(
         weight = tl.load(weights + pair, mask=live, other=0.0).to(tl.float32)
         hit = (chosen[:, None] == owner[None, :]) & mask
         gate += tl.where(hit, weight[:, None], 0.0)
-        kept_at = pair[:, None] * WIDEST + within[None, :]
+        saved_at = pair[:, None] * WIDEST + within[None, :]
         if KEEP:
-            tl.store(second + kept_at, sums.to(second.dtype.element_ty), mask=hit)
+            tl.store(second + saved_at, sums.to(second.dtype.element_ty), mask=hit)
         if BACKWARD:
-            products = sums * tl.load(kept + kept_at, mask=hit, other=0.0).to(tl.float32)
+            products = sums * tl.load(saved + saved_at, mask=hit, other=0.0).to(tl.float32)
             change = tl.sum(tl.where(hit, products * scale[None, :], 0.0), axis=1)
             tl.store(second + pair, change, mask=tl.max(hit.to(tl.int32), axis=1) > 0)
     return gate
@@ -161,7 +162,7 @@ def _gated(
     w,
     ids,
     weights,
-    kept,
+    saved,
     out,
     second,
     owners,
@@ -186,33 +187,33 @@ def _gated(
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, DEPTH)
-    live, held = row < tokens, rank < total
+    live, is_rank = row < tokens, rank < total
     x_at = x + row[:, None] * x_stride + step[None, :]
     w_at = w + rank.to(tl.int64)[None, :] * w_stride + step[:, None]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for done in range(0, WIDTH, DEPTH):
-        x_mask, w_mask = live[:, None], held[None, :]
+        x_mask, w_mask = live[:, None], is_rank[None, :]
         if WIDTH % DEPTH != 0:
             x_mask = x_mask & (step < WIDTH - done)[None, :]
             w_mask = w_mask & (step < WIDTH - done)[:, None]
         x_tile = tl.load(x_at + done, mask=x_mask, other=0.0)
         w_tile = tl.load(w_at + done, mask=w_mask, other=0.0)
         sums = product(x_tile, w_tile, sums, PRECISION)
-    owner = tl.load(owners + rank, mask=held, other=0)
+    owner = tl.load(owners + rank, mask=is_rank, other=0)
     scale = tl.load(scaling + owner)
-    mask = live[:, None] & held[None, :]
+    mask = live[:, None] & is_rank[None, :]
     if SLOTS == 0:
         gate = _dense_gates(
-            sums, row, rank, owner, scale, mask, weights, kept, second, gate_stride, total, experts,
+            sums, row, rank, owner, scale, mask, weights, saved, second, gate_stride, total, experts,
             WIDEST, BACKWARD, KEEP, ROWS, COLUMNS,
         )  # fmt: skip
     else:
         within = rank - tl.load(starts + owner)
         gate = _chosen_gates(
-            sums, row, owner, within, scale, mask, ids, weights, kept, second, tokens,
+            sums, row, owner, within, scale, mask, ids, weights, saved, second, tokens,
             SLOTS, WIDEST, BACKWARD, KEEP, ROWS, COLUMNS,
         )  # fmt: skip
-    # A gate of zero keeps out what is not finite.
+    # A gate of zero must also remove values that are not finite.
     gated = tl.where(gate != 0.0, sums * (gate * scale[None, :]), 0.0)
     tl.store(out + row[:, None] * total + rank[None, :], gated.to(out.dtype.element_ty), mask=mask)
 
