@@ -148,7 +148,7 @@ def test_an_unknown_transformation_of_logits_is_refused(zoo: Zoo, tmp_path: Path
         return output
 
     model.get_base_model().register_forward_hook(double)
-    with pytest.raises(PeftMoeError, match="LlamaForCausalLM does more to its logits"):
+    with pytest.raises(PeftMoeError, match="LlamaForCausalLM changes its logits by more"):
         trainer.train()
 
 

@@ -8,7 +8,7 @@ accumulation steps exactly where the trainer expects that, and logs loads and en
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from .checks import (
     router_weights,
     warn_slow_router,
 )
-from .distillation import Distiller, per_scored_token
+from .distillation import Distiller
+from .scored_tokens import per_scored_token
 from .step_state import AroundSteps, Movers, RouterState
 
 
@@ -190,20 +191,24 @@ class RouterTrainerMixin:
             refuse_unlabelled(self.mixture, self._has_teacher)
         if training and labels is None and self._distiller is not None:
             refuse_distillation(self, self.mixture)
-        known: dict[str, Any] = {"prompt_mask": self._prompt_mask(inputs), "domains": domains}
-        lesson = self._distiller.teach(model, inputs, known) if self._distiller else None
-        listening = (
-            self._distiller.listen(with_grad_only=training)
-            if self._distiller and lesson is not None
-            else nullcontext()
-        )
-        with routing_inputs(**known), record_routing(with_grad_only=training) as record, listening:
+        batch_context: dict[str, Any] = {"prompt_mask": self._prompt_mask(inputs), "domains": domains}
+        teacher_NV: Tensor | None = None
+        keeping_hidden: AbstractContextManager[None] = nullcontext()
+        if self._distiller is not None:
+            teacher_NV = self._distiller.teach(model, inputs, batch_context)
+            if teacher_NV is not None:
+                keeping_hidden = self._distiller.keep_hidden_states(with_grad_only=training)
+        with (
+            routing_inputs(**batch_context),
+            record_routing(with_grad_only=training) as record,
+            keeping_hidden,
+        ):
             result = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         total = result[0] if return_outputs else result
-        if lesson is not None and labels is not None:
-            total = self._distilled(total, lesson, labels, num_items_in_batch)
+        if teacher_NV is not None and labels is not None:
+            total = self._distilled(total, teacher_NV, labels, num_items_in_batch)
         total = self._with_terms(total, record, num_items_in_batch)
         return (total, *result[1:]) if return_outputs else total
 
@@ -217,14 +222,14 @@ class RouterTrainerMixin:
         mask: Tensor = labels == IGNORE
         return mask
 
-    def _distilled(self, language: Tensor, lesson: Tensor, labels: Tensor, num_items: Any) -> Tensor:
+    def _distilled(self, language: Tensor, teacher_NV: Tensor, labels: Tensor, num_items: Any) -> Tensor:
         """α·CE + β·T²·KL, the latter divided by the same number of tokens as the former."""
         assert self._distiller is not None
         training = self.model.training
         share = self._accumulation_share(num_items) if training else 1
-        total = self._distiller.loss(lesson, labels)
+        total = self._distiller.loss(teacher_NV, labels)
         by_step = training and num_items is not None
-        loss = per_scored_token(total, len(lesson), num_items if by_step else None, self)
+        loss = per_scored_token(total, len(teacher_NV), num_items if by_step else None, self)
         if not by_step:
             loss = loss / share
         loss = loss.to(language.device)

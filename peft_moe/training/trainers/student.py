@@ -1,12 +1,11 @@
-"""One LoRA trained to predict what a mixture predicts, with TRL's ``SFTTrainer``.
+"""One LoRA, the student, trained with TRL's ``SFTTrainer`` to predict what a mixture predicts.
 
-Letters: B batch, T sequence, N scored tokens, V vocabulary.
+Letters: B batch, T sequence, N scored tokens, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +17,15 @@ from trl import SFTConfig, SFTTrainer
 from ...routers.losses import distillation_kl
 from ...routing.context import RoutingRecord, record_routing, routing_inputs
 from ...routing.model_call import IGNORE
-from .distillation import per_scored_token
+from .scored_tokens import at_scored_tokens, evaluation_mode, logits_call, per_scored_token, scored_logits
 
 
 class ImitationTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
-    """TRL's trainer with ``T² · KL(teacher ‖ student)`` over the scored tokens as its loss.
+    """TRL's trainer with the loss ``T² · KL(teacher ‖ student)`` over the scored tokens.
 
     Args:
         model: the student.
-        teacher: a model of the same vocabulary, left as it is.
+        teacher: a model of the same vocabulary; its weights stay as they are.
         temperature: T.
     """
 
@@ -42,52 +41,43 @@ class ImitationTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The divergence per scored token of the step."""
-        lesson_NV = teach(self.teacher, inputs)
-        outputs = model(**call_of(inputs))
-        loss = distillation_kl(lesson_NV, scored(outputs.logits, inputs["labels"]), self.temperature)
-        loss = per_scored_token(loss, len(lesson_NV), num_items_in_batch, self)
+        """Return the divergence per scored token of the step."""
+        teacher_NV = mixture_logits(self.teacher, inputs)
+        outputs = model(**logits_call(inputs))
+        student_NV = at_scored_tokens(outputs.logits, inputs["labels"])
+        total = distillation_kl(teacher_NV, student_NV, self.temperature)
+        loss = per_scored_token(total, len(teacher_NV), num_items_in_batch, self)
         return (loss, outputs) if return_outputs else loss
 
 
 def sft_config(values: dict[str, Any]) -> SFTConfig:
-    """TRL's arguments."""
+    """Build TRL's arguments, so that callers need not import trl."""
     return SFTConfig(**values)
 
 
-def call_of(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch as a model is called to show its logits."""
-    kept = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
-    return {**kept, "use_cache": False}
-
-
-def teach(mixture: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Logits [N, V] of a mixture at the scored tokens; what is not scored is its prompt."""
+def mixture_logits(mixture: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Return a mixture's logits [N, V] at the scored tokens; the other tokens are the router's prompt."""
     with torch.no_grad(), routing_inputs(prompt_mask=inputs["labels"] == IGNORE):
-        logits_BTV: Tensor = mixture(**call_of(inputs)).logits
-    return scored(logits_BTV, inputs["labels"])
+        return scored_logits(mixture, inputs)
 
 
-def scored(values_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Rows [N, V] at the positions whose next token counts."""
-    return values_BTV[:, :-1][labels_BT[:, 1:].to(values_BTV.device) != IGNORE]
-
-
-def batches(trainer: ImitationTrainer, dataset: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
-    """A prepared dataset as the trainer's collator gives it, on its device, in order."""
+def batches(
+    trainer: ImitationTrainer, dataset: Any, max_batches: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield a prepared dataset in order, as the trainer's collator makes batches, on the trainer's device."""
     for number, batch in enumerate(trainer.get_eval_dataloader(dataset)):
-        if most is not None and number >= most:
+        if max_batches is not None and number >= max_batches:
             return
         yield {key: value.to(trainer.args.device) for key, value in batch.items()}
 
 
 def mean_gates(mixture: nn.Module, inputs: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """Mean gates [E] over real tokens, of every router by its name."""
+    """Return the mean gates [E] over real tokens, of every router by its name."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     for batch in inputs:
         with record_routing() as record:
-            teach(mixture, batch)
+            mixture_logits(mixture, batch)
         _add_gates(record, batch["attention_mask"], sums, counts)
     return {name: total / counts[name] for name, total in sums.items()}
 
@@ -98,6 +88,7 @@ def _add_gates(
     for name, routing in record.decisions.items():
         gates_BTE = routing.gates.detach().double().cpu()
         real_BT = torch.ones(gates_BTE.shape[:-1], dtype=torch.double)
+        # A router that decides once for all prompts records gates of shape [1, 1, E], without padding.
         if real_BT.shape == mask_BT.shape:
             real_BT = mask_BT.double().cpu()
         sums[name] = sums.get(name, 0) + (gates_BTE * real_BT[..., None]).sum((0, 1))
@@ -110,8 +101,8 @@ class Gap:
 
     Attributes:
         loss: mean negative log-likelihood of a scored token, in nats.
-        kl: mean of KL(mixture ‖ model) per scored token, in nats.
-        agreement: share of tokens at which both find the same next token most likely.
+        kl: mean KL(mixture ‖ model) of a scored token, in nats.
+        agreement: share of scored tokens at which model and mixture predict the same token.
     """
 
     loss: float = 0.0
@@ -120,45 +111,35 @@ class Gap:
 
 
 def measure(mixture: nn.Module, student: Any, inputs: Iterable[dict[str, Any]]) -> tuple[dict[str, Gap], int]:
-    """Gaps of "base", "student" and "mixture", and the number of tokens behind them.
+    """Measure the gaps of "base", "student" and "mixture" to the mixture.
 
     Args:
         mixture: the teacher.
-        student: a PeftModel with one LoRA; without it, it is the base.
+        student: a PeftModel with one LoRA; with its adapter disabled, it is the base.
         inputs: held-out batches.
+
+    Returns:
+        The gap of each model by name, and the number of scored tokens.
     """
     gaps = {name: Gap() for name in ("base", "student", "mixture")}
     tokens = 0
-    with torch.no_grad(), _evaluating(student):
+    with torch.no_grad(), evaluation_mode(student):
         for batch in inputs:
             target_N = batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORE]
-            lesson_NV = teach(mixture, batch).float()
+            mixture_NV = mixture_logits(mixture, batch).float()
             tokens += len(target_N)
-            found = {
-                "student": scored(student(**call_of(batch)).logits, batch["labels"]),
-                "mixture": lesson_NV,
-            }
+            logits = {"student": scored_logits(student, batch), "mixture": mixture_NV}
             with student.disable_adapter():
-                found["base"] = scored(student(**call_of(batch)).logits, batch["labels"])
-            for name, logits_NV in found.items():
-                _add_gap(gaps[name], lesson_NV, logits_NV.float(), target_N)
+                logits["base"] = scored_logits(student, batch)
+            for name, logits_NV in logits.items():
+                _add_gap(gaps[name], mixture_NV, logits_NV.float(), target_N)
     for gap in gaps.values():
         for name, total in vars(gap).items():
             setattr(gap, name, total / max(1, tokens))
     return gaps, tokens
 
 
-def _add_gap(gap: Gap, lesson_NV: Tensor, logits_NV: Tensor, target_N: Tensor) -> None:
+def _add_gap(gap: Gap, mixture_NV: Tensor, logits_NV: Tensor, target_N: Tensor) -> None:
     gap.loss += float(functional.cross_entropy(logits_NV, target_N, reduction="sum"))
-    gap.kl += float(distillation_kl(lesson_NV, logits_NV, 1.0))
-    gap.agreement += float((lesson_NV.argmax(-1) == logits_NV.argmax(-1)).sum())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
+    gap.kl += float(distillation_kl(mixture_NV, logits_NV, 1.0))
+    gap.agreement += float((mixture_NV.argmax(-1) == logits_NV.argmax(-1)).sum())
