@@ -28,8 +28,6 @@ from .mixture import Edited, LiveMixture
 from .plan import Edit, moved_factor, ranks_after
 from .router_columns import Columns, column_axes, start_columns
 
-_BIAS = "router_bias_update_rate"
-
 
 class Editor(LiveMixture):
     """Carries edits out on the mixture that it was made for."""
@@ -43,19 +41,17 @@ class Editor(LiveMixture):
         self.config.__dict__.update(config.__dict__)
         if not moves:
             return done
-        if not config.router_bias_update_rate and self.seat.loss_fields.get(self.adapter) == _BIAS:
-            del self.seat.loss_fields[self.adapter]  # nobody needs to move it any more
         depth = LayerGroups(self.config, self.inner)
         for name, layer in self.layers.items():
-            after = ranks_after(edit, layer.rank_maps[self.adapter], name)
+            after = ranks_after(edit, layer.mixtures[self.adapter].rank_map, name)
             if after.total == 0:
                 self._drop(layer, done)
                 continue
             new = file.read(name) if file is not None and any(after.ranks[p] for p in edit.new) else None
-            ranks = layer.rank_maps[self.adapter].ranks, after.ranks
+            ranks = layer.mixtures[self.adapter].rank_map.ranks, after.ranks
             for side, slab in ((layer.molora_A, new and new[0]), (layer.molora_B, new and new[1].T)):
                 self._move_factor(side, layer, edit, slab, done)
-            layer.rank_maps[self.adapter] = after
+            layer.mixtures[self.adapter].rank_map = after
             if self.adapter in layer.molora_router:
                 A_RI: Any = layer.molora_A[self.adapter].weight
                 B_RO: Any = layer.molora_B[self.adapter].weight
@@ -75,7 +71,7 @@ class Editor(LiveMixture):
         self, side: nn.ModuleDict, layer: MoLoraLayer, edit: Edit, new: Tensor | None, done: Edited
     ) -> None:
         before: Any = side[self.adapter].weight
-        ranks = layer.rank_maps[self.adapter]
+        ranks = layer.mixtures[self.adapter].rank_map
         with torch.no_grad():
             moved = moved_factor(before.detach(), ranks, edit, new).contiguous()
         linear = as_linear(moved).train(layer.training)

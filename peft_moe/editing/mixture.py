@@ -72,7 +72,7 @@ class LiveMixture:
                 raise PeftMoeError(
                     "experts that are merged into the base cannot be edited; unmerge_adapter()"
                 )
-            if self.adapter in layer.pending_weights:
+            if layer.mixtures[self.adapter].pending_weights:
                 layer._check_arrived(self.adapter)
 
     @property
@@ -117,7 +117,11 @@ class LiveMixture:
         wanted = [name for name in wanted if name not in left_out]
         edit = Edit(edit.old, tuple(self._pinned(edit, wanted)), edit.rows)
         config = edited_config(self.config, edit, targets=targets)
-        kept = [n for n, layer in layers.items() if ranks_after(edit, layer.rank_maps[self.adapter], n).total]
+        kept = [
+            n
+            for n, layer in layers.items()
+            if ranks_after(edit, layer.mixtures[self.adapter].rank_map, n).total
+        ]
         if not kept and not wanted:
             raise PeftMoeError(f"{edit.names} adapt no module that this mixture could hold")
         if config.router_scope == "block":
@@ -148,7 +152,7 @@ class LiveMixture:
             if old is None or not any(spec.rank_in(name) for name in wanted):
                 specs.append(spec)
                 continue
-            here = [n for n, layer in self.layers.items() if layer.rank_maps[self.adapter].ranks[old]]
+            here = [n for n, layer in self.layers.items() if layer.mixtures[self.adapter].rank_map.ranks[old]]
             elsewhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
             specs.append(replace(spec, target_modules=sorted(here), **elsewhere))  # type: ignore[arg-type]
         return specs

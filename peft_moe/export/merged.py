@@ -68,7 +68,7 @@ def export_merged(
                 assert name
                 if mixture.adapter in layer.molora_router:
                     layer.molora_router.pop(mixture.adapter)
-                layer.constant_routers[mixture.adapter] = _Fixed(found[layer.name])
+                layer.mixtures[mixture.adapter].constant_router = _Fixed(found[layer.name])
         merged: Any = model.merge_and_unload(safe_merge=True, adapter_names=[mixture.adapter])
     if dtype is not None:
         merged = merged.to(dtype)

@@ -192,7 +192,7 @@ def open_mixture(mixture: str | os.PathLike[str] | PeftModel, adapter: str | Non
             "the `with` block, and give `gates` for fixed ones"
         )
     for layer in mixture.modules():
-        if isinstance(layer, MoLoraLayer) and name in layer.pending_weights:
+        if isinstance(layer, MoLoraLayer) and name in layer.mixtures and layer.mixtures[name].pending_weights:
             layer._check_arrived(name)
     tensors = get_peft_model_state_dict(mixture, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach() for key, value in tensors.items()}

@@ -258,6 +258,6 @@ def _read_experts(model: nn.Module, adapter: str, config: MoLoraConfig) -> FitRe
     for layer in model.modules():
         if isinstance(layer, MoLoraLayer) and adapter in layer.molora_router:
             router: Router = layer.molora_router[adapter]  # type: ignore[assignment]
-            A, B, ranks = layer.molora_A[adapter], layer.molora_B[adapter], layer.rank_maps[adapter]
+            A, B, ranks = layer.molora_A[adapter], layer.molora_B[adapter], layer.mixtures[adapter].rank_map
             router.scorer.read_experts(A.weight, B.weight, ranks.ranks, ranks.scaling)  # type: ignore[arg-type]
     return FitReport("arrow", 0, {}, float("nan"))

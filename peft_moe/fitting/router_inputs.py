@@ -152,12 +152,13 @@ class InputReader:
         """Layers whose input a router may read, by the router's name: the first that is called is meant."""
         found: dict[str, list[str]] = {}
         for module in self.model.modules():
-            if isinstance(module, BlockRouter) and self.adapter in module.deciders:
-                found[module.name] = list(module.watched[:-1])
+            if isinstance(module, BlockRouter) and self.adapter in module.scopes:
+                found[module.name] = list(module.linears[:-1])
                 continue
-            if not isinstance(module, MoLoraLayer) or self.adapter in module.members:
+            if not isinstance(module, MoLoraLayer):
                 continue
-            if self.adapter in module.molora_A:
+            mixture = module.mixtures.get(self.adapter)
+            if mixture is not None and mixture.place is None:
                 shared = self.config.router_scope == "block"
                 name = module.name.rpartition(".")[0] if shared else module.name
                 found.setdefault(name, []).append(module.name)

@@ -41,6 +41,7 @@ class MixInputs(NamedTuple):
     may_select_null: bool = True  # whether "no expert" may be among the ids
     overwrite: bool = False  # whether the result may be written into ``base``
     fp32_x: Tensor | None = None  # x in float32, where the caller already has it
+    dtype: torch.dtype | None = None  # of the products; None follows from x, A and autocast
 
     def dense(self) -> Tensor:
         """Return the gates of all experts, [N, E] or [1, E]."""
@@ -122,28 +123,3 @@ def product_dtype(x_NI: Tensor, A_RI: Tensor) -> torch.dtype:
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype
-
-
-def add_product(
-    base_NO: Tensor, hg_NR: Tensor, B_RO: Tensor, overwrite: bool, scaling: float = 1.0
-) -> Tensor:
-    """Return ``base + scaling · hg B`` in the base's dtype, rounded once.
-
-    With ``overwrite`` the result is written into ``base_NO``.
-    """
-    base_dtype, dtype = base_NO.dtype, hg_NR.dtype
-    if base_dtype == dtype:
-        addmm = base_NO.addmm_ if overwrite else base_NO.addmm
-        return addmm(hg_NR, B_RO, alpha=scaling)
-    if torch.promote_types(base_dtype, dtype) != dtype:
-        return add(base_NO, hg_NR @ B_RO, overwrite, scaling)
-    # The sum goes into the converted copy, which saves a second [N, O].
-    sum_NO = base_NO.to(dtype).addmm_(hg_NR, B_RO, alpha=scaling)
-    return base_NO.copy_(sum_NO) if overwrite else sum_NO.to(base_dtype)
-
-
-def add(base_NO: Tensor, delta_NO: Tensor, overwrite: bool, scaling: float = 1.0) -> Tensor:
-    """Return ``base + scaling · delta`` in the base's dtype; with ``overwrite``, in ``base_NO``."""
-    if overwrite:
-        return base_NO.add_(delta_NO, alpha=scaling)
-    return base_NO.add(delta_NO, alpha=scaling).to(base_NO.dtype)

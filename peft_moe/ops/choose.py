@@ -29,12 +29,14 @@ class BackendChoice:
         backend: the chosen one.
         costs: predicted seconds of every backend that could serve the call, cheapest first.
         refused: the other backends, with their reasons.
+        dtype: of the products.
         asked: the name that was asked for; None where the cost model chose.
     """
 
     backend: Backend
     costs: dict[str, float]
     refused: dict[str, str]
+    dtype: torch.dtype
     asked: str | None = None
 
     def explain(self) -> str:
@@ -94,7 +96,7 @@ def choose(spec: CallSpec, name: str | None = None) -> BackendChoice:
         reason = backend.supports(spec)
         if reason is not None:
             raise PeftMoeError(f"backend={name!r} cannot serve this call: {reason}; use backend='auto'")
-        return BackendChoice(backend, {name: backend.cost(spec, constants)}, {}, name)
+        return BackendChoice(backend, {name: backend.cost(spec, constants)}, {}, spec.dtype, name)
     costs, refused = {}, {}
     for candidate, backend in BACKENDS.items():
         reason = backend.supports(spec)
@@ -104,7 +106,7 @@ def choose(spec: CallSpec, name: str | None = None) -> BackendChoice:
             refused[candidate] = reason
     # The sort is stable: of equal costs, the backend that was registered first wins.
     costs = dict(sorted(costs.items(), key=lambda item: item[1]))
-    choice = BackendChoice(BACKENDS[next(iter(costs))], costs, refused)
+    choice = BackendChoice(BACKENDS[next(iter(costs))], costs, refused, spec.dtype)
     if not spec.compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d tokens, %s: %s", spec.tokens, spec.dtype, choice.explain())
     return choice

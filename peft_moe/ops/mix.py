@@ -63,14 +63,13 @@ def mix(
         return base_NO
     # torch.compile plans memory by itself; autograd may need the base's output.
     overwrites = overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if weights_NK is None:
-        assert gates_NE is not None, "mix() needs gates_NE, or expert_ids_NK with weights_NK"
-        inputs = MixInputs(x_NI, A_RI, B_RO, gates_NE, ranks, base_NO, None, None, False, overwrites, fp32_NI)
-    else:
-        assert expert_ids_NK is not None, "weights_NK needs expert_ids_NK"
-        choice = (expert_ids_NK, weights_NK, may_select_null)
-        inputs = MixInputs(x_NI, A_RI, B_RO, weights_NK, ranks, base_NO, *choice, overwrites, fp32_NI)
-    return _cached_choice(inputs, backend).backend.mix(inputs)
+    gates = gates_NE if weights_NK is None else weights_NK
+    assert gates is not None, "mix() needs gates_NE, or expert_ids_NK with weights_NK"
+    assert (weights_NK is None) == (expert_ids_NK is None), "weights_NK and expert_ids_NK belong together"
+    chosen = (expert_ids_NK, weights_NK, may_select_null and weights_NK is not None)
+    tensors = (x_NI, A_RI, B_RO, gates, ranks, base_NO, *chosen, overwrites, fp32_NI)
+    choice = _cached_choice(MixInputs(*tensors), backend)
+    return choice.backend.mix(MixInputs(*tensors, choice.dtype))
 
 
 def _cached_choice(inputs: MixInputs, backend: str | None) -> BackendChoice:
@@ -79,6 +78,7 @@ def _cached_choice(inputs: MixInputs, backend: str | None) -> BackendChoice:
         return choose(call_spec_of(inputs), backend)
     x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, *_ = inputs
     device = x_NI.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     grads = torch.is_grad_enabled() and (
         x_NI.requires_grad,
         A_RI.requires_grad or B_RO.requires_grad,
@@ -87,7 +87,7 @@ def _cached_choice(inputs: MixInputs, backend: str | None) -> BackendChoice:
     )
     key = (
         (x_NI.shape, B_RO.shape[1], gates.shape, ids_NK is None),
-        (x_NI.dtype, A_RI.dtype, device, torch.is_autocast_enabled(device)),
+        (x_NI.dtype, A_RI.dtype, device, autocast),
         (grads, backend),
     )
     choice: BackendChoice | None = ranks.choices.get(key)
@@ -96,3 +96,28 @@ def _cached_choice(inputs: MixInputs, backend: str | None) -> BackendChoice:
             ranks.choices.clear()
         choice = ranks.choices[key] = choose(call_spec_of(inputs), backend)
     return choice
+
+
+def add_product(
+    base_NO: Tensor, hg_NR: Tensor, B_RO: Tensor, overwrite: bool, scaling: float = 1.0
+) -> Tensor:
+    """Return ``base + scaling · hg B`` in the base's dtype, rounded once.
+
+    With ``overwrite`` the result is written into ``base_NO``.
+    """
+    base_dtype, dtype = base_NO.dtype, hg_NR.dtype
+    if base_dtype == dtype:
+        addmm = base_NO.addmm_ if overwrite else base_NO.addmm
+        return addmm(hg_NR, B_RO, alpha=scaling)
+    if torch.promote_types(base_dtype, dtype) != dtype:
+        return add(base_NO, hg_NR @ B_RO, overwrite, scaling)
+    # The sum goes into the converted copy, which saves a second [N, O].
+    sum_NO = base_NO.to(dtype).addmm_(hg_NR, B_RO, alpha=scaling)
+    return base_NO.copy_(sum_NO) if overwrite else sum_NO.to(base_dtype)
+
+
+def add(base_NO: Tensor, delta_NO: Tensor, overwrite: bool, scaling: float = 1.0) -> Tensor:
+    """Return ``base + scaling · delta`` in the base's dtype; with ``overwrite``, in ``base_NO``."""
+    if overwrite:
+        return base_NO.add_(delta_NO, alpha=scaling)
+    return base_NO.add(delta_NO, alpha=scaling).to(base_NO.dtype)

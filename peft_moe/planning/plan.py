@@ -171,7 +171,8 @@ def _with_mixture(skeleton: nn.Module, mixture: MoLoraConfig, dtype: torch.dtype
         model = get_peft_model(skeleton, planned, autocast_adapter_dtype=False)
     for module in model.modules():
         if isinstance(module, MoLoraLayer):
-            module.pending_weights.clear()
+            for layer_mixture in module.mixtures.values():
+                layer_mixture.pending_weights = False
             for factors in (module.molora_A, module.molora_B):
                 factors.to(torch.float32 if planned.train_experts else stored or dtype)
     return model, [spec.name for spec in specs]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import PeftMoeError
 from ..io.offload import read
-from ..routing.context import Routing, RoutingContext
-from ..routing.controls import NO_EXPERT, ROUTER, Limits
+from ..routing.context import Routing, RoutingConstraints, RoutingContext
+from ..routing.controls import NO_EXPERT, ROUTER
 from ..tuner.layers.cached_submodules import cache_submodules
-from .fp32_linear import fp32_linear, widened
+from .fp32_linear import UpcastCache, fp32_linear, widened
 from .pooling import pool_prompts, spread_turns
 from .running import running_features
 from .scorer import scorer_class
@@ -37,6 +37,7 @@ class Router(nn.Module):
         self.in_features = in_features
         self.scorer = scorer_class(settings.scorer)(settings, in_features)
         cache_submodules(self, "scorer")
+        self._scorer_is_linear = self.scorer.is_linear
         # Whether there is one decision per prompt, taken from its pooled hidden states; and whether decisions
         # start from the prompt and follow the text.
         self.pools = settings.granularity == "sequence" and self.reads_hidden
@@ -89,13 +90,10 @@ class Router(nn.Module):
     def _decide(
         self, x: Tensor, context: RoutingContext | None, pool: bool, before: Tensor | None
     ) -> Routing:
-        if self._scores_narrow(x, pool):
-            own: Any = self.scorer
-            fp32_BTI = None if context is None else context.widened(x)
-            read_BTI = x if fp32_BTI is None else fp32_BTI
-            normed = self.settings.input_norm
-            bias_X = None if getattr(own, "bias", None) is None else read(own, "bias")
-            logits_BTX = fp32_linear(read_BTI, read(own), bias_X, normed)
+        # A compiler decides by itself which float32 copies are made and kept.
+        direct = self._scorer_is_linear and not (pool or self.runs or torch.compiler.is_compiling())
+        if direct:
+            logits_BTX = self._linear_scores(x, context)
         else:
             features_BTI = self.features(x, context, pool=pool, before=before)
             logits_BTX = self.scorer.score(features_BTI, context)
@@ -105,40 +103,49 @@ class Router(nn.Module):
             routing.running = features_BTI.detach()
         return spread_turns(routing, context) if pool and context is not None else routing
 
-    def _scores_narrow(self, x: Tensor, pool: bool) -> bool:
-        """Whether the scores come straight from ``x``, so that no wide copy of it is made or kept."""
-        # A compiler decides by itself what is made and kept.
-        return self.scorer.is_linear and not (pool or self.runs or torch.compiler.is_compiling())
+    def _linear_scores(self, x: Tensor, context: RoutingContext | None) -> Tensor:
+        """Scores straight from ``x``: no float32 copy of all of it is made, or kept for the backward pass."""
+        scorer: Any = self.scorer
+        weight_XI, bias_X = scorer.weight, getattr(scorer, "bias", None)
+        if weight_XI.is_meta:  # accelerate keeps it elsewhere between calls
+            weight_XI, bias_X = read(scorer), None if bias_X is None else read(scorer, "bias")
+        if context is not None:
+            # The other layers of this pass that read the same small input use this copy of it.
+            if context.upcasts is None:
+                context.upcasts = UpcastCache()
+            fp32_BTI = context.upcasts.make(x)
+            x = x if fp32_BTI is None else fp32_BTI
+        return fp32_linear(x, weight_XI, bias_X, self.settings.input_norm)
 
-    def limited(self, routing: Routing, limits: Limits | None, context: RoutingContext | None) -> Routing:
+    def constrain(
+        self, routing: Routing, constraints: RoutingConstraints | None, context: RoutingContext | None
+    ) -> Routing:
         """A decision of this router within what the caller allows, from the scores that it holds.
 
         Args:
-            routing: as :meth:`forward` gave it, maybe in an earlier step.
-            limits: of the running pass; None leaves it as it is.
+            routing: as :meth:`forward` returned it, maybe in an earlier step.
+            constraints: of the running pass; None leaves the decision as it is.
             context: of the running pass.
 
         Raises:
             PeftMoeError: rows were named, and this router saw something else than whole sequences.
         """
-        if limits is None or routing.logits is None:
+        if constraints is None or routing.logits is None:
             return routing
-        settings, closed, hidden = self.settings, [], []
-        if limits.experts is not None:
-            closed = [c for c, expert in enumerate(settings.routed) if expert not in limits.experts]
-            hidden = [expert for expert in settings.shared if expert not in limits.experts]
-            if settings.null_expert and not limits.null:
-                closed.append(settings.num_columns - 1)
-        sharpness = 1.0 if limits.temperature is None else settings.temperature / limits.temperature
-        if closed or sharpness != 1:
-            real_BT = context.real if context is not None else None
-            how = {"closed": tuple(closed), "sharpness": sharpness}
-            chosen = choose(routing.logits, settings, bias_X=self.balance_bias, real_BT=real_BT, **how)  # type: ignore[arg-type]
+        if constraints.masked_columns or constraints.score_scale != 1:
+            chosen = choose(
+                routing.logits,
+                self.settings,
+                bias_X=self.balance_bias,
+                real_BT=context.real if context is not None else None,
+                masked_columns=constraints.masked_columns,
+                score_scale=constraints.score_scale,
+            )
             routing = chosen.replace(running=routing.running)
-        if hidden:
-            routing = _without(routing, tuple(hidden))
-        if limits.rows is not None:
-            routing = self._named_rows(routing, limits.rows, context)
+        if constraints.masked_shared:
+            routing = _without(routing, constraints.masked_shared)
+        if constraints.rows is not None:
+            routing = self._named_rows(routing, constraints.rows, context)
         return routing
 
     def _named_rows(self, routing: Routing, rows_B: Tensor, context: RoutingContext | None) -> Routing:

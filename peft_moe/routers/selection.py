@@ -78,37 +78,39 @@ def choose(
     *,
     bias_X: Tensor | None = None,
     real_BT: Tensor | None = None,
-    closed: tuple[int, ...] = (),
-    sharpness: float = 1.0,
+    masked_columns: tuple[int, ...] = (),
+    score_scale: float = 1.0,
 ) -> Routing:
     """Decide by scores that are divided by the temperature already: those of a :class:`Routing`.
 
     Args:
         logits_BTX: those scores; the decision keeps them as they are.
         settings, bias_X, real_BT: as in :func:`select`.
-        closed: columns that get no mass; the selection and the normalisation run over the others.
-        sharpness: what the scores are multiplied by.
+        masked_columns: columns that get no mass; the selection and the normalisation run over the others.
+        score_scale: what the scores are multiplied by.
     """
-    shut = tuple(sorted({*settings.missing_columns, *closed})) if closed else settings.missing_columns
-    scores_BTX = logits_BTX if sharpness == 1 else logits_BTX * sharpness
-    if shut and (closed or sharpness != 1):
+    masked = settings.missing_columns
+    if masked_columns:
+        masked = tuple(sorted({*masked, *masked_columns}))
+    scores_BTX = logits_BTX if score_scale == 1 else logits_BTX * score_scale
+    if masked and (masked_columns or score_scale != 1):
         # Below the scores of everything else, also of experts that a label rules out.
-        lowest = _ABSENT if len(shut) == settings.num_columns else -math.inf
-        scores_BTX = scores_BTX.index_fill(-1, constant(shut, scores_BTX.device), lowest)
-    if closed and bias_X is not None:
-        bias_X = bias_X.index_fill(-1, constant(shut, bias_X.device), -math.inf)
+        lowest = _ABSENT if len(masked) == settings.num_columns else -math.inf
+        scores_BTX = scores_BTX.index_fill(-1, constant(masked, scores_BTX.device), lowest)
+    if masked_columns and bias_X is not None:
+        bias_X = bias_X.index_fill(-1, constant(masked, bias_X.device), -math.inf)
     # Straight-through gates have gradients at the experts that were left out, too.
     through = settings.straight_through and scores_BTX.requires_grad and torch.is_grad_enabled()
     if settings.is_sparse and settings.topk_method == "greedy" and not through:
-        chosen = _keep_k(scores_BTX, settings, bias_X, shut if closed else ())
+        chosen = _keep_k(scores_BTX, settings, bias_X, masked if masked_columns else ())
     else:
-        chosen = _dense(scores_BTX, settings, bias_X, real_BT, shut)
+        chosen = _dense(scores_BTX, settings, bias_X, real_BT, masked)
     chosen.logits = logits_BTX
     return chosen
 
 
 def _keep_k(
-    scores_BTX: Tensor, settings: RouterSettings, bias_X: Tensor | None, shut: tuple[int, ...]
+    scores_BTX: Tensor, settings: RouterSettings, bias_X: Tensor | None, masked: tuple[int, ...]
 ) -> Routing:
     """Each token's k columns by their numbers; nothing of the size of X is kept for the backward pass."""
     k = settings.top_k or settings.num_columns
@@ -126,11 +128,11 @@ def _keep_k(
             # The softmax of the kept is the softmax of all, divided by the sum of the kept.
             kept_BTK = scoring(kept_BTK)
     selected_BTX, columns = None, settings.num_columns
-    if shut:
+    if masked:
         # Fewer than k columns may be open.
-        shut_X = constant(shut, ids_BTK.device)
-        kept_BTK = kept_BTK.masked_fill(torch.isin(ids_BTK, shut_X), 0.0)
-        selected_BTX = _marked(scores_BTX, ids_BTK).index_fill(-1, shut_X, False)
+        masked_X = constant(masked, ids_BTK.device)
+        kept_BTK = kept_BTK.masked_fill(torch.isin(ids_BTK, masked_X), 0.0)
+        selected_BTX = _marked(scores_BTX, ids_BTK).index_fill(-1, masked_X, False)
     if settings.norm_topk_prob and (settings.scoring_func != "softmax" or bias_X is not None):
         kept_BTK = _normalised(kept_BTK)
     if settings.scaling_factor != 1.0:
@@ -164,18 +166,18 @@ def _dense(
     settings: RouterSettings,
     bias_X: Tensor | None,
     real_BT: Tensor | None,
-    shut: tuple[int, ...],
+    masked: tuple[int, ...],
 ) -> Routing:
     """All columns' weights, with zeros where the selection has no fixed size."""
     dense_BTX = SCORING_FUNCS[settings.scoring_func](scores_BTX)
-    shut_X = constant(shut, dense_BTX.device) if shut else None
-    if shut_X is not None and (len(shut) == settings.num_columns or settings.scoring_func == "none"):
-        dense_BTX = dense_BTX.index_fill(-1, shut_X, 0.0)
+    masked_X = constant(masked, dense_BTX.device) if masked else None
+    if masked_X is not None and (len(masked) == settings.num_columns or settings.scoring_func == "none"):
+        dense_BTX = dense_BTX.index_fill(-1, masked_X, 0.0)
     weights_BTX, selected_BTX = dense_BTX, None
     if settings.is_sparse:
         selected_BTX = _selected(scores_BTX, dense_BTX, settings, bias_X, real_BT)
-        if shut_X is not None:
-            selected_BTX = selected_BTX.index_fill(-1, shut_X, False)
+        if masked_X is not None:
+            selected_BTX = selected_BTX.index_fill(-1, masked_X, False)
         weights_BTX = torch.where(selected_BTX, dense_BTX, torch.zeros_like(dense_BTX))
     if settings.norm_topk_prob and (settings.is_sparse or settings.scoring_func != "softmax"):
         weights_BTX = _normalised(weights_BTX)

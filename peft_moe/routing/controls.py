@@ -1,78 +1,38 @@
 """What a caller decides at run time: masks, temperature, fixed gates, an expert by name for each row.
 
-Every control is a context manager over a :class:`Slot`: nothing is written into the model, threads and
-nested blocks do not see each other's, and the forward pass notes what held when it began, so that a layer
-which is recomputed later finds the same.
-
-Letters: B batch, E experts.
+Every control is a context manager that changes the caller's :class:`~peft_moe.routing.context.Request`.
+Nothing is written into the model, and threads do not see each other's controls. A forward pass reads the
+controls once, when it begins, so that a layer which is recomputed later finds the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from ..errors import PeftMoeError, near_matches
 from ..io.values import is_not_negative, is_positive
-from .context_var import Slot
+from .context import Controls, current_request, requesting
 
-NOBODY = ("base", "null")
+NULL_NAMES = ("base", "null")
 """Words for "no expert"; no expert can have such a name."""
 ROUTER, NO_EXPERT = -1, -2
-"""In a row's place of an expert: the router decides; nobody does."""
-
-
-@dataclass(frozen=True)
-class Controls:
-    """The controls that hold right now, in the caller's words.
-
-    Attributes:
-        experts: names of the experts that may be used; None for all.
-        temperature: what scores are divided by instead of ``router_temperature``; None keeps that.
-        gates: weight by expert's name, for every token; None lets the router decide.
-    """
-
-    experts: tuple[str, ...] | None = None
-    temperature: float | None = None
-    gates: Mapping[str, float] | None = None
-
-
-@dataclass
-class Limits:
-    """The same for one mixture and one forward pass, in numbers.
-
-    Attributes:
-        experts: indices of the experts that may be used; None for all.
-        null: whether the null expert may be chosen.
-        temperature: see :class:`Controls`.
-        rows: expert of each sequence, long [B], or ``ROUTER`` or ``NO_EXPERT``; None where no row is named.
-    """
-
-    experts: tuple[int, ...] | None = None
-    null: bool = True
-    temperature: float | None = None
-    rows: Tensor | None = None
-
-
-_controls = Slot[Controls]("peft_moe_controls")
+"""In place of an expert's number in a row: the router decides, or no expert is on."""
 
 
 def current_controls() -> Controls | None:
     """The controls that hold right now; None if there are none."""
-    return _controls.get()
+    return current_request().controls
 
 
 @contextmanager
 def _holding(**changes: Any) -> Iterator[None]:
-    token = _controls.set(replace(_controls.get() or Controls(), **changes))
-    try:
+    request = current_request()
+    controls = replace(request.controls or Controls(), **changes)
+    with requesting(replace(request, controls=controls)):
         yield
-    finally:
-        _controls.reset(token)
 
 
 def use_experts(*names: str) -> AbstractContextManager[None]:
@@ -160,27 +120,27 @@ def check_gates(weights: Any) -> None:
             raise PeftMoeError(f"gates[{name!r}]={weight!r} must be a finite number ≥ 0; 0 leaves it out")
 
 
-def resolve(name: str, names: Sequence[str], *, adapter: str, what: str, nobody: bool) -> int:
+def resolve(name: str, names: Sequence[str], *, adapter: str, place: str, null: bool) -> int:
     """Index of an expert's name, or ``NO_EXPERT``.
 
     Args:
         name: what the caller wrote.
         names: of the mixture's experts, in order.
         adapter: of the mixture.
-        what: for the message: where it was written.
-        nobody: whether "base" and "null" mean something here.
+        place: where the caller wrote it, for the message.
+        null: whether "base" and "null" stand for "no expert" here.
 
     Raises:
         PeftMoeError: the mixture has no such expert; names near matches.
     """
     if name in names:
         return list(names).index(name)
-    if name in NOBODY and nobody:
+    if name in NULL_NAMES and null:
         return NO_EXPERT
-    if name in NOBODY:
+    if name in NULL_NAMES:
         raise PeftMoeError(
-            f"{what}: {name!r} is the null expert's name, and mixture {adapter!r} has null_expert=False; "
+            f"{place}: {name!r} is the null expert's name, and mixture {adapter!r} has null_expert=False; "
             "leave it out, or use `with model.disable_adapter()` for the base alone"
         )
-    options = [*names, *(NOBODY if nobody else ())]
-    raise PeftMoeError(f"{what}: {name!r} is no expert of mixture {adapter!r}.{near_matches(name, options)}")
+    options = [*names, *(NULL_NAMES if null else ())]
+    raise PeftMoeError(f"{place}: {name!r} is no expert of mixture {adapter!r}.{near_matches(name, options)}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+from ..errors import PeftMoeError
 
 
 class Routing:
@@ -120,3 +122,28 @@ class Routing:
     def detach(self) -> Routing:
         """The same decision, cut off from the graph that made it."""
         return self.map(Tensor.detach)
+
+
+@overload
+def per_token(values: Tensor, x: Tensor, tokens: int) -> Tensor: ...
+@overload
+def per_token(values: None, x: Tensor, tokens: int) -> None: ...
+def per_token(values: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
+    """Part of a decision, [1, E] where it is constant, else [N, E] for the tokens of ``x`` [..., I]."""
+    if values is None:
+        return None
+    rows, columns, last = values.shape
+    if rows == columns == 1:
+        return values.view(1, last)
+    # Several images or windows of one text: whose they are is not known here.
+    same_rows = x.dim() < 3 or x.shape[0] in (rows, 1)
+    if columns == 1 and rows != tokens and same_rows:
+        # One decision per sequence; the layer may see [B, T, I] or the same tokens flattened.
+        values = values.expand(rows, tokens // rows, last)
+    if values.shape[0] * values.shape[1] != tokens:
+        raise PeftMoeError(
+            f"the decision covers {rows}×{columns} tokens, the layer was given {tuple(x.shape[:-1])}; "
+            "this layer sees other tokens than the router: use router_scope='module' or leave it out of "
+            "target_modules"
+        )
+    return values.reshape(tokens, last)

@@ -23,7 +23,7 @@ from .context import Routing
 REMEMBERED = 64
 
 
-class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped here
+class CachedRouting(DummyLayer):  # type: ignore[misc]  # transformers is untyped here
     """What one adapter's router must remember between the steps of a generation.
 
     Attributes:
@@ -81,17 +81,17 @@ class RouterState(DummyLayer):  # type: ignore[misc]  # transformers is untyped 
             self.decisions = {name: routing.map(move) for name, routing in self.decisions.items()}
 
 
-def find_state(cache: Any, adapter: str) -> RouterState | None:
+def find_routing(cache: Any, adapter: str) -> CachedRouting | None:
     """The state of ``adapter`` in a KV cache, None if it has none (or is no cache that can hold one)."""
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         return None
     for layer in reversed(cache.layers):
-        if isinstance(layer, RouterState) and layer.adapter == adapter:
+        if isinstance(layer, CachedRouting) and layer.adapter == adapter:
             return layer
     return None
 
 
-def attach_state(cache: Any, state: RouterState) -> None:
+def attach_routing(cache: Any, routing: CachedRouting) -> None:
     """Put a state into a KV cache, behind its own layers; it replaces one of the same adapter.
 
     Must be called after a forward pass: a lazy cache makes its layers during the first one, and would
@@ -100,7 +100,7 @@ def attach_state(cache: Any, state: RouterState) -> None:
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         return
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, RouterState) and layer.adapter == state.adapter:
-            cache.layers[index] = state
+        if isinstance(layer, CachedRouting) and layer.adapter == routing.adapter:
+            cache.layers[index] = routing
             return
-    cache.layers.append(state)
+    cache.layers.append(routing)

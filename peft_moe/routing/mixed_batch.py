@@ -17,28 +17,24 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import PeftMoeError
-from .context import Routing
-from .context_var import Slot
+from .context import Request, Routing, current_request, requesting
 
 BASE = "__base__"
 
-_names = Slot[tuple[str, ...]]("peft_moe_adapter_names")
 
-
-def named_adapters() -> list[str] | None:
-    """The mixtures that the running call's rows name, in order; None outside of a mixed batch."""
-    names = _names.get()
-    return None if names is None else [name for name in dict.fromkeys(names) if name != BASE]
+def named_adapters(row_adapters: Sequence[str]) -> list[str]:
+    """The mixtures that rows name, in order."""
+    return [name for name in dict.fromkeys(row_adapters) if name != BASE]
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, names: Sequence[str], given: Sequence[Any]) -> Iterator[None]:
+def mixed_batch(model: nn.Module, names: Sequence[str], arguments: Sequence[Any]) -> Iterator[None]:
     """Run the model's calls inside with one adapter per row.
 
     Args:
         model: the base with its mixtures.
         names: one adapter per row, ``"__base__"`` for none.
-        given: the call's arguments.
+        arguments: those of the call.
 
     Raises:
         PeftMoeError: training mode, merged adapters, unknown names, or another number of rows.
@@ -62,7 +58,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], given: Sequence[Any]) ->
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; this model has "
             f"{', '.join(sorted(known))}, and {BASE} stands for the bare base"
         )
-    first = next((value for value in given if isinstance(value, Tensor) and value.dim() > 0), None)
+    first = next((value for value in arguments if isinstance(value, Tensor) and value.dim() > 0), None)
     if first is not None and len(first) != len(names):
         raise _wrong_length(names, len(first))
     with ExitStack() as stack:
@@ -70,7 +66,11 @@ def mixed_batch(model: nn.Module, names: Sequence[str], given: Sequence[Any]) ->
             if isinstance(module, AuxiliaryTrainingWrapper):
                 handle = module.register_forward_pre_hook(_tell(tuple(names)), with_kwargs=True)
                 stack.callback(handle.remove)
-        stack.callback(_names.reset, _names.set(tuple(names)))
+        now = current_request()
+        # Written out: the compiler's tracer does not follow dataclasses.replace.
+        stack.enter_context(
+            requesting(Request(now.controls, now.inputs, now.recorder, tuple(names), now.generation))
+        )
         yield
 
 
@@ -90,8 +90,8 @@ def _tell(names: tuple[str, ...]) -> Callable[..., Any]:
     return hook
 
 
-def rows_of(adapter: str, x: Tensor, layer_name: str) -> Tensor | None:
-    """Which rows of a layer's input [N, …, I] belong to an adapter; None for all of them.
+def rows_of(names: Sequence[str], adapter: str, x: Tensor, layer_name: str) -> Tensor:
+    """Which rows of a layer's input [N, …, I] belong to an adapter, long.
 
     N is B, or a multiple of it, where a generation follows several beams or a layer is given flat tokens:
     both keep what belongs to one row together.
@@ -99,9 +99,6 @@ def rows_of(adapter: str, x: Tensor, layer_name: str) -> Tensor | None:
     Raises:
         PeftMoeError: the layer sees other rows than the batch's, which nobody can tell apart.
     """
-    names = _names.get()
-    if names is None:
-        return None
     rows = x.shape[0]
     loose = ".experts." in layer_name  # of a sparse base, whose experts see tokens in an order of their own
     if not names or rows % len(names) or loose:
@@ -111,9 +108,9 @@ def rows_of(adapter: str, x: Tensor, layer_name: str) -> Tensor | None:
             "adapter with set_adapter(), or leave this layer out of target_modules"
         )
     repeats = rows // len(names)
-    own = [row for row, name in enumerate(names) if name == adapter]
-    first = torch.tensor(own, device=x.device, dtype=torch.long)[:, None] * repeats
-    return (first + torch.arange(repeats, device=x.device)).flatten()
+    own_rows = [row for row, name in enumerate(names) if name == adapter]
+    first_row = torch.tensor(own_rows, device=x.device, dtype=torch.long)[:, None] * repeats
+    return (first_row + torch.arange(repeats, device=x.device)).flatten()
 
 
 def narrow(routing: Routing, rows: Tensor, x: Tensor) -> Routing:

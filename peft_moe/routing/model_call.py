@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ..errors import PeftMoeError
-from .context import RoutingContext, current_inputs
+from .context import Request, RoutingContext, RoutingInputs
 
 IGNORE = -100
 
@@ -52,11 +52,11 @@ def past_length(call: dict[str, Any]) -> int:
     return int(cache.get_seq_length())
 
 
-def given_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def prompt_shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
     """Rows and width of the ids in a user's call of the model or of ``generate``, None where it has none."""
     named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
-    given = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
-    return (given.shape[0], given.shape[1]) if given is not None and given.dim() >= 2 else None
+    ids = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
+    return (ids.shape[0], ids.shape[1]) if ids is not None and ids.dim() >= 2 else None
 
 
 def generates(model: nn.Module) -> bool:
@@ -79,75 +79,94 @@ def returned_cache(output: Any, call: dict[str, Any]) -> Any:
 
 
 def read_call(
-    call: dict[str, Any], *, causal: bool, given: tuple[int, int] | None = None, count_turns: bool = True
+    call: dict[str, Any], request: Request, *, causal: bool, count_turns: bool = True
 ) -> RoutingContext:
-    """The context of one forward pass, from the model's own arguments and from ``routing_inputs``.
+    """The context of one forward pass, from the model's own arguments and from the caller's request.
 
     Args:
         call: arguments by name; ``input_ids`` or ``inputs_embeds``, ``attention_mask`` (2-D, the 4-D
-            one of static caches, or a dict of such) and ``labels`` are looked at.
+            one of static caches, or a dict of these) and ``labels`` are read.
+        request: what the caller asks for. Where the call is one of many that continue the user's ids, what
+            lies behind these ids in a call without a past are candidates and answers, never prompt, and
+            their rows may be repeated for beams.
         causal: whether the model generates, so that ignored labels mark its prompt. In an encoder
             they mark tokens that are not scored, which says nothing about prompts.
-        given: rows and width of the ids that the user gave, where this call may be one of many that
-            continue them: what lies behind them in a call without a past are candidates and answers,
-            never prompt; and their rows may be repeated for beams.
         count_turns: whether to tell the prompt's turns apart, which reads a number back from the device.
+
+    Raises:
+        PeftMoeError: inputs of another shape than the call's.
     """
+    generation, inputs = request.generation, request.inputs
     tokens = call.get("input_ids")
     if tokens is None:
         tokens = call.get("inputs_embeds")
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-        return RoutingContext()
+        return RoutingContext(recorder=request.recorder, generation=generation)
     shape = (tokens.shape[0], tokens.shape[1])
     past = past_length(call)
-    context = RoutingContext(real=_real_tokens(call.get("attention_mask"), shape, past), shape=shape)
+    real_BT = _real_tokens(call.get("attention_mask"), shape, past)
+    context = RoutingContext(real=real_BT, shape=shape, recorder=request.recorder, generation=generation)
     if call.get("input_ids") is not None:
         context.input_ids = tokens
-    inputs = current_inputs()
-    if inputs is not None and inputs.domains is not None:
+    prompt_shape = None if generation is None else generation.prompt_shape
+    if inputs is not None:
+        _read_inputs(context, inputs, tokens, shape, prompt_shape)
+    if inputs is not None and inputs.prompt_mask is not None:
+        if not (past > 0 and inputs.prompt_used):
+            inputs.prompt_used = True
+            mask_BT = inputs.prompt_mask.to(tokens.device).bool()
+            _set_prompt(context, _as_call(mask_BT, shape, past, prompt_shape), shape, count_turns)
+    elif past == 0 and prompt_shape is not None and shape[1] > prompt_shape[1]:
+        all_BT = torch.ones(prompt_shape, dtype=torch.bool, device=tokens.device)
+        _set_prompt(context, _as_call(all_BT, shape, past, prompt_shape), shape, count_turns)
+    elif causal and _is_per_token(call.get("labels"), shape):
+        _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape, count_turns)
+    return context
+
+
+def _read_inputs(
+    context: RoutingContext,
+    inputs: RoutingInputs,
+    tokens: Tensor,
+    shape: tuple[int, int],
+    prompt_shape: tuple[int, int] | None,
+) -> None:
+    """Put the caller's domains and gates into the context, with a row for each row of the call."""
+    if inputs.domains is not None:
         domains = inputs.domains.to(tokens.device)
         if domains.dim() == 2 and domains.shape[1] != shape[1]:
             raise PeftMoeError(
                 f"domains is {tuple(domains.shape)}, this call has {shape} tokens; give columns [B] or [B, T]"
             )
-        context.domains = per_row(domains, shape[0], "domains", given)
-    if inputs is not None and inputs.gates is not None:
+        context.domains = per_row(domains, shape[0], "domains", prompt_shape)
+    if inputs.gates is not None:
         gates = torch.as_tensor(inputs.gates, dtype=torch.float32, device=tokens.device)
         if gates.dim() != 2 and not (gates.dim() == 3 and gates.shape[1] == shape[1]):
             raise PeftMoeError(
                 f"gates is {tuple(gates.shape)}, this call has {shape} tokens; give weights [B, E], [1, E] "
                 "or [B, T, E]"
             )
-        gates = per_row(gates, shape[0], "gates", given)
+        gates = per_row(gates, shape[0], "gates", prompt_shape)
         context.gates = gates if gates.dim() == 3 else gates[:, None]
-    if inputs is not None and inputs.prompt_mask is not None:
-        if not (past > 0 and inputs.prompt_used):
-            inputs.prompt_used = True
-            mask = _as_call(inputs.prompt_mask.to(tokens.device).bool(), shape, past, given)
-            _set_prompt(context, mask, shape, count_turns)
-    elif past == 0 and given is not None and shape[1] > given[1]:
-        all_BT = torch.ones(given, dtype=torch.bool, device=tokens.device)
-        _set_prompt(context, _as_call(all_BT, shape, past, given), shape, count_turns)
-    elif causal and _is_per_token(call.get("labels"), shape):
-        _set_prompt(context, call["labels"].to(tokens.device) == IGNORE, shape, count_turns)
-    return context
 
 
-def per_row(values: Tensor, rows: int, name: str, given: tuple[int, int] | None) -> Tensor:
+def per_row(values: Tensor, rows: int, name: str, prompt_shape: tuple[int, int] | None) -> Tensor:
     """One entry per row of the call; in a generation, beams and repeated prompts follow their own."""
     if len(values) == rows or (len(values) == 1 and values.dim() > 1):
         return values
-    if given is None or len(values) != given[0] or len(values) == 0 or rows % len(values):
+    if prompt_shape is None or len(values) != prompt_shape[0] or len(values) == 0 or rows % len(values):
         raise PeftMoeError(
             f"{name} has {len(values)} entries, this call has {rows} sequences; give one for each"
         )
     return values.repeat_interleave(rows // len(values), dim=0)
 
 
-def _as_call(prompt_BT: Tensor, shape: tuple[int, int], past: int, given: tuple[int, int] | None) -> Tensor:
+def _as_call(
+    prompt_BT: Tensor, shape: tuple[int, int], past: int, prompt_shape: tuple[int, int] | None
+) -> Tensor:
     """A mask of the ids given to ``generate``, as this call sees it: one row per beam, answers behind."""
     rows, width = prompt_BT.shape
-    if given is None or (rows, width) != given or rows == 0 or shape[0] % rows:
+    if prompt_shape is None or (rows, width) != prompt_shape or rows == 0 or shape[0] % rows:
         return prompt_BT
     prompt_BT = prompt_BT.repeat_interleave(shape[0] // rows, dim=0)
     if past > 0:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -15,22 +13,20 @@ from torch import Tensor, nn
 
 from ..errors import PeftMoeError
 from ..routers import Router
-from ..routers.losses import active_losses
-from ..routing.mixed_batch import mixed_batch
-from ..routing.model_call import given_shape
 from .base_checks import refuse_unfit_backend
 from .config.mixture import MoLoraConfig
 from .four_bit import keep_unpacked
 from .layers.controlled_model import Controlled
 from .layers.expert_factors import plan_experts
-from .layers.feed_forward import add_feed_forward_routers, find_blocks, member_of
+from .layers.feed_forward import add_feed_forward_routers, find_blocks, place_in
 from .layers.find_feed_forward import FeedForward
+from .layers.forward_pass import ForwardPass, UserCalls
 from .layers.layer_groups import LayerGroups
-from .layers.linear import MoLoraLayer
+from .layers.linear import LayerMixture, MoLoraLayer
 from .layers.merging import requantised
 from .layers.meta_weights import real_weights
 from .layers.model_router import ModelRouter
-from .layers.scope import Decider
+from .layers.scope import RoutingScope
 from .layers.shared_router import (
     BLOCK_ROUTER,
     MODEL_ROUTER,
@@ -46,7 +42,7 @@ from .saving.load_checks import check_load, record_expert_digests
 from .saving.snapshot import Snapshot
 
 
-class MoLoraModel(Controlled, BaseTuner):
+class MoLoraModel(Controlled, UserCalls, BaseTuner):
     """A base model with gated mixtures of LoRA experts in its linear layers.
 
     Made by ``peft.get_peft_model(model, MoLoraConfig(…))``; see :class:`MoLoraConfig`.
@@ -81,7 +77,7 @@ class MoLoraModel(Controlled, BaseTuner):
         keep_unpacked(model, trains=not config.inference_mode)
         record_base_precision(config, model)
         tap, stack = resolve_tap(config, model)
-        depth = LayerGroups(config, model)
+        groups = LayerGroups(config, model)
         refuse_unfit_backend(config, model)
         plan = plan_experts(config, model)
         blocks = find_blocks(config, model, plan)
@@ -90,14 +86,14 @@ class MoLoraModel(Controlled, BaseTuner):
         # Experts that were just read are real already; a loader fills all others.
         empty = low_cpu_mem_usage and not plan.files
         # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
-        self.__dict__["_injection"] = (plan, tap, stack, depth, blocks)
+        self.__dict__["_injection"] = (plan, tap, stack, groups, blocks)
         with init_empty_weights() if empty else real_weights():
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, empty, state_dict)
             finally:
                 self.__dict__.pop("_injection", None)
                 plan.close()
-            self._seat_routers(model, adapter_name, config, tap, depth, blocks)
+            self._add_shared_routers(model, adapter_name, config, tap, groups, blocks)
         record_expert_digests(model, getattr(model, MODEL_ROUTER), adapter_name, config, plan, before)
 
     def _create_and_replace(
@@ -110,34 +106,30 @@ class MoLoraModel(Controlled, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan, tap, stack, depth, blocks = self.__dict__["_injection"]
-        rank_map = depth.cut(plan.rank_map(current_key), current_key)
+        plan, tap, stack, groups, blocks = self.__dict__["_injection"]
+        rank_map = groups.cut(plan.rank_map(current_key), current_key)
         below = tap is not None and not tap.lies_above(stack, current_key)
         if rank_map.total == 0 or (below and tap.below == "base"):
             return
         layer = target if isinstance(target, MoLoraLayer) else MoLoraLayer(target, current_key)
         A_RI, B_RO = plan.factors(current_key, rank_map, layer.in_features, layer.out_features)
-        decider = Decider(
-            peft_config, str(peft_config.router_scope), below and peft_config.router_below_tap == "prompt"
+        scope = RoutingScope(
+            adapter_name,
+            current_key,
+            peft_config,
+            str(peft_config.router_scope),
+            below and peft_config.router_below_tap == "prompt",
         )
-        member = member_of(blocks, current_key)
-        own = decider.scope == "module" and member is None
-        router = Router(depth.settings(current_key), layer.in_features) if own else None
+        mixture = LayerMixture(
+            rank_map, scope, peft_config.backend, place_in(blocks, current_key, adapter_name)
+        )
+        has_router = scope.scope == "module" and mixture.place is None
+        router = Router(groups.settings(current_key), layer.in_features) if has_router else None
         if router is not None:
             router.scorer.expect_experts(rank_map.ranks)
-        layer.add_mixture(
-            adapter_name,
-            A_RI,
-            B_RO,
-            rank_map,
-            decider=decider,
-            router=router,
-            trains=peft_config.trains,
-            member=member,
-            backend=peft_config.backend,
-        )
+        layer.add_mixture(mixture, A_RI, B_RO, router=router, trains=peft_config.trains)
         if plan.pending_weights or layer.molora_A[adapter_name].weight.is_meta:
-            layer.pending_weights.add(adapter_name)
+            mixture.pending_weights = True
         elif router is not None:
             router.scorer.read_experts(A_RI, B_RO, rank_map.ranks, rank_map.scaling)
         # To the base layer's device, never to its dtype: experts keep theirs, routers float32.
@@ -153,43 +145,37 @@ class MoLoraModel(Controlled, BaseTuner):
         # PEFT's version moves weights around, which breaks on empty ones over int8; ours are placed already.
         setattr(parent, child_name, new_module)
 
-    def _seat_routers(
+    def _add_shared_routers(
         self,
         model: nn.Module,
         adapter: str,
         config: MoLoraConfig,
         tap: Tap | None,
-        depth: LayerGroups,
+        groups: LayerGroups,
         blocks: dict[str, FeedForward],
     ) -> None:
-        # Only now: a seat that exists before the first injection makes PEFT leave the base trainable.
-        seat = getattr(model, MODEL_ROUTER, None)
-        if seat is None:
-            seat = ModelRouter(model)
-            setattr(model, MODEL_ROUTER, seat)
-        seat.mixtures[adapter] = config
-        further = ("expert_orthogonality_coef", "distillation_coef", "router_bias_update_rate")
-        wanted = [*active_losses(config), *(name for name in further if getattr(config, name))]
-        if wanted:
-            seat.loss_fields[adapter] = wanted[-1]
-        seats: list[SharedRouter] = [seat]
+        # Only now: PEFT would take a router that exists before the first injection for another adapter, and
+        # leave the base trainable.
+        model_router: ModelRouter | None = getattr(model, MODEL_ROUTER, None)
+        if model_router is None:
+            model_router = ModelRouter()
+            ForwardPass(model, model_router)  # its hooks hold it
+            setattr(model, MODEL_ROUTER, model_router)
+        model_router.mixtures[adapter] = config
+        shared_routers: list[SharedRouter] = [model_router]
         layers = {
-            n: m for n, m in model.named_modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_A
+            n: m for n, m in model.named_modules() if isinstance(m, MoLoraLayer) and adapter in m.mixtures
         }
         if tap is not None:
             width = _hidden_size(model, layers)
-            seat.add_model_router(adapter, Router(config.router_settings(), width), tap)
-        seats += add_feed_forward_routers(model, adapter, depth, layers, blocks)
+            model_router.add_model_router(adapter, Router(config.router_settings(), width), tap)
+        shared_routers += add_feed_forward_routers(model, adapter, groups, layers, blocks)
         if config.router_scope == "block":
-            others = {name: layer for name, layer in layers.items() if adapter not in layer.members}
-            seats += add_block_routers(model, adapter, depth, others)
-        if config.router_granularity != "token" or config.router_below_tap == "prompt":
-            seat.per_prompt.add(adapter)
-        if config.router_granularity == "running":
-            seat.running.add(adapter)
+            per_linear = {n: layer for n, layer in layers.items() if layer.mixtures[adapter].place is None}
+            shared_routers += add_block_routers(model, adapter, groups, per_linear)
         if config.router_scope != "module" and not config.scorer.reads_input:
-            share_constant(seats, adapter, layers)
-        for shared in seats:
+            share_constant(shared_routers, adapter, layers)
+        for shared in shared_routers:
             shared._move_adapter_to_device_of_base_layer(adapter)
             shared.enable_adapters(not self._any_disabled(layers))
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -212,22 +198,6 @@ class MoLoraModel(Controlled, BaseTuner):
         pattern = rf"(\.{cls.prefix}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)"
         return re.sub(pattern, r"\1", key)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        # PEFT enters this around one forward pass or one whole generation. A decision per prompt holds for
-        # all of it, also where no KV cache carries it along.
-        seat: ModelRouter = getattr(self.model, MODEL_ROUTER)
-        outer = seat.pinned, seat.given
-        seat.pinned, seat.given = {}, given_shape(args, kwargs)
-        try:
-            with (
-                nullcontext() if names is None else mixed_batch(self.model, names, (*args, *kwargs.values()))
-            ):
-                yield
-        finally:
-            seat.pinned, seat.given = outer
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge, for mixtures whose gates do not depend on the input."""
         with requantised(self._constant_layers(adapter_names), self.model):
@@ -244,22 +214,22 @@ class MoLoraModel(Controlled, BaseTuner):
         with requantised(layers, self.model):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
-            for seat in (MODEL_ROUTER, BLOCK_ROUTER):
-                if isinstance(getattr(module, seat, None), SharedRouter):
-                    getattr(module, seat).detach_hooks()
-                    delattr(module, seat)
+            for attribute in (MODEL_ROUTER, BLOCK_ROUTER):
+                if isinstance(getattr(module, attribute, None), SharedRouter):
+                    getattr(module, attribute).detach_hooks()
+                    delattr(module, attribute)
         return model
 
     def _constant_layers(self, adapter_names: list[str] | None) -> list[MoLoraLayer]:
         """Layers of these adapters, refused where the gates of one depend on the input."""
         names = self.active_adapters if adapter_names is None else adapter_names
         layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
-        found = [layer for layer in layers if any(name in layer.molora_A for name in names)]
-        for layer in found:
+        adapted = [layer for layer in layers if any(name in layer.mixtures for name in names)]
+        for layer in adapted:
             for name in names:
-                if name in layer.molora_A:
+                if name in layer.mixtures:
                     layer.constant_gates(name)
-        return found
+        return adapted
 
 
 def _check_adapter_name(adapter: str, model: nn.Module) -> None:
@@ -279,22 +249,22 @@ def _check_adapter_name(adapter: str, model: nn.Module) -> None:
 
 
 def add_block_routers(
-    model: nn.Module, adapter: str, depth: LayerGroups, layers: dict[str, MoLoraLayer]
+    model: nn.Module, adapter: str, groups: LayerGroups, layers: dict[str, MoLoraLayer]
 ) -> list[SharedRouter]:
-    """Give each block of these layers a router, which reads what the first of them reads."""
-    seats: dict[str, SharedRouter] = {}
+    """Give each block of these layers a router, which reads the input of the first of them."""
+    block_routers: dict[str, SharedRouter] = {}
     for name, layer in layers.items():
         block_name = name.rpartition(".")[0]
-        if block_name in seats:
+        if block_name in block_routers:
             continue
         block = model.get_submodule(block_name)
-        seat = getattr(block, BLOCK_ROUTER, None)
-        if seat is None:
-            seat = BlockRouter(block_name)
-            seat.attach(block)
-        seat.add_router(adapter, Router(depth.settings(name), layer.in_features))
-        seats[block_name] = seat
-    return list(seats.values())
+        block_router: BlockRouter | None = getattr(block, BLOCK_ROUTER, None)
+        if block_router is None:
+            block_router = BlockRouter(block_name)
+            block_router.attach(block)
+        block_router.add_router(adapter, Router(groups.settings(name), layer.in_features))
+        block_routers[block_name] = block_router
+    return list(block_routers.values())
 
 
 def _hidden_size(model: nn.Module, layers: dict[str, MoLoraLayer]) -> int:

@@ -179,7 +179,7 @@ def test_experts_and_top_k_per_layer(zoo: Zoo) -> None:
     for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
         index = int(layer.name.split(".")[2])
         count, k = [1, 2, 4][index], [1, 1, 3][index]
-        assert layer.rank_maps["default"].ranks == (4,) * count + (0,) * (4 - count)
+        assert layer.mixtures["default"].rank_map.ranks == (4,) * count + (0,) * (4 - count)
         assert layer.molora_A["default"].weight.shape[0] == 4 * count
         gates = record.decisions[layer.name].gates
         assert ((gates > 0).sum(-1) == k).all()

@@ -396,12 +396,14 @@ def test_phatgoose_is_reproducible(zoo: Zoo) -> None:
 def test_arrow_reads_trained_experts_again(zoo: Zoo) -> None:
     model = build(zoo, "arrow", null_expert=False, straight_through=False, top_k=2, train_experts=True)
     before = router_values(model)
-    layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer) and m.rank_maps["default"].ranks[0])
+    layer = next(
+        m for m in model.modules() if isinstance(m, MoLoraLayer) and m.mixtures["default"].rank_map.ranks[0]
+    )
     with torch.no_grad():
         layer.molora_A["default"].weight.copy_(torch.randn_like(layer.molora_A["default"].weight))
     assert torch.equal(router_values(model), before)
     assert fit_router(model, method="arrow").method == "arrow"
-    ranks = layer.rank_maps["default"]
+    ranks = layer.mixtures["default"].rank_map
     part = ranks.slices()[0]
     delta = layer.molora_B["default"].weight[part].T @ layer.molora_A["default"].weight[part]
     top = torch.linalg.svd(delta.detach().double()).Vh[0]

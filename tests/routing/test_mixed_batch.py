@@ -11,6 +11,7 @@ from support.zoo import Zoo
 from torch import Tensor, nn
 
 from peft_moe import MoLoraConfig, PeftMoeError, routing_inputs
+from peft_moe.routing.context import current_request
 from peft_moe.routing.mixed_batch import mixed_batch, rows_of
 
 NAMES = ["one", "__base__", "two", "one"]
@@ -150,17 +151,19 @@ def test_what_cannot_be_mixed_is_refused(zoo: Zoo) -> None:
     ],
 )
 def test_rows_that_nobody_can_tell_apart_are_refused(layer: str, rows: int, message: str) -> None:
-    with (
-        mixed_batch(nn.Identity().eval(), ["__base__", "__base__"], ()),
-        pytest.raises(PeftMoeError, match=rf"{layer}.*{message}.*set_adapter"),
-    ):
-        rows_of("one", torch.zeros(rows, 5), layer)
+    names = ["__base__", "__base__"]
+    with pytest.raises(PeftMoeError, match=rf"{layer}.*{message}.*set_adapter"):
+        rows_of(names, "one", torch.zeros(rows, 5), layer)
 
 
 def test_rows_of_beams_and_flat_tokens_stay_together() -> None:
     names = ["__base__", "__base__"]
-    with mixed_batch(nn.Identity().eval(), names, ()):
-        assert rows_of("__base__", torch.zeros(2, 5), "q").tolist() == [0, 1]
-        assert rows_of("__base__", torch.zeros(6, 5), "q").tolist() == [0, 1, 2, 3, 4, 5]
-        assert rows_of("one", torch.zeros(6, 5), "q").tolist() == []
-    assert rows_of("one", torch.zeros(2, 5), "q") is None
+    assert rows_of(names, "__base__", torch.zeros(2, 5), "q").tolist() == [0, 1]
+    assert rows_of(names, "__base__", torch.zeros(6, 5), "q").tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows_of(names, "one", torch.zeros(6, 5), "q").tolist() == []
+
+
+def test_the_call_inside_a_mixed_batch_knows_its_rows() -> None:
+    with mixed_batch(nn.Identity().eval(), ["__base__", "__base__"], ()):
+        assert current_request().row_adapters == ("__base__", "__base__")
+    assert current_request().row_adapters is None

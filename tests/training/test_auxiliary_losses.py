@@ -90,7 +90,7 @@ def test_orthogonality_of_experts_that_train(zoo: Zoo, tmp_path: Path) -> None:
 
     def layers(model: Any) -> list[MoLoraLayer]:
         found = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
-        return [m for m in found if sum(r > 0 for r in m.rank_maps["default"].ranks) > 1]
+        return [m for m in found if sum(r > 0 for r in m.mixtures["default"].rank_map.ranks) > 1]
 
     data = tokenised(samples(4))
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -98,7 +98,7 @@ def test_orthogonality_of_experts_that_train(zoo: Zoo, tmp_path: Path) -> None:
     found = trained_gradients("sft", make(0.5), data, tmp_path, **sizes)
     fresh = make(0.5)
     each = [
-        orthogonality_loss(layer.molora_A["default"].weight, layer.rank_maps["default"].ranks)
+        orthogonality_loss(layer.molora_A["default"].weight, layer.mixtures["default"].rank_map.ranks)
         for layer in layers(fresh)
     ]
     assert 0 < len(each) < 3 * 7  # some layers have one expert only

@@ -26,7 +26,7 @@ from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing
-from peft_moe.routing.context import current_inputs
+from peft_moe.routing.context import current_request
 from peft_moe.training import RouterTrainerMixin
 
 KINDS = list(TRAINERS)
@@ -108,7 +108,7 @@ def test_each_row_brings_its_domain_to_the_loss(zoo: Zoo, tmp_path: Path, kind: 
 
     def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal passes
-        known = current_inputs()
+        known = current_request().inputs
         if known is None or known.domains is None or not torch.is_grad_enabled():
             return
         passes += 1

@@ -23,6 +23,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peft_moe import MoLoraConfig, PeftMoeError, record_routing, routing_inputs
 from peft_moe.routers.losses import LOSSES, auxiliary_losses, loss_options
+from peft_moe.tuner.layers.linear import MoLoraLayer
 
 SIZES = {
     "vocab_size": 32,
@@ -70,7 +71,7 @@ def encoded(**fields: Any) -> Tensor:
 
 def adapted(**fields: Any) -> list[str]:
     """Names of the adapted layers: for fields that say where."""
-    return sorted(n for n, m in mixture(**fields).named_modules() if hasattr(m, "rank_maps"))
+    return sorted(n for n, m in mixture(**fields).named_modules() if isinstance(m, MoLoraLayer))
 
 
 def trained(**fields: Any) -> list[str]:
@@ -89,7 +90,7 @@ def forms(**fields: Any) -> set[str]:
     model = mixture(**fields)
     with torch.no_grad():
         model(input_ids=IDS)
-    maps = [m.rank_maps["default"] for m in model.modules() if hasattr(m, "rank_maps")]
+    maps = [m.mixtures["default"].rank_map for m in model.modules() if isinstance(m, MoLoraLayer)]
     return {choice.backend.name for ranks in maps for choice in ranks.choices.values()}
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_moe.routing.upcast import PART_BYTES, UpcastCache
+from peft_moe.routers.fp32_linear import PART_BYTES, UpcastCache
 from peft_moe.tuner.layers.cached_submodules import cache_submodules
-from peft_moe.tuner.layers.linear import MoLoraLayer
-from peft_moe.tuner.layers.linear_like import gives_new_memory
+from peft_moe.tuner.layers.linear import MoLoraLayer, gives_new_memory
 
 IDS = torch.tensor([[5, 9, 3, 7, 11]])
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import CallSpec, MixInputs, add_product, product_dtype
+from ..backend import CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants
+from ..mix import add_product
 from ..rank_map import RankMap
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import NEVER_CHEAPEST, NO_TOP_K, CallSpec, MixInputs, add, add_product, product_dtype
+from ..backend import NEVER_CHEAPEST, NO_TOP_K, CallSpec, MixInputs, product_dtype
 from ..device_costs import Constants
+from ..mix import add, add_product
 from ..rank_map import RankMap
 
 # On a CPU, a product in bf16 or fp16 takes some ten microseconds before it starts, one in float32 about one.
@@ -52,7 +53,9 @@ class Gather:
 
     def mix(self, inputs: MixInputs) -> Tensor:
         """Return ``base + ((x A_chosenᵀ) ∘ gates) B_chosen``."""
-        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, may_select_null, overwrite, fp32_NI = inputs
+        x_NI, A_RI, B_RO, weights_SK, ranks, base_NO, ids_SK, _, may_select_null, overwrite, fp32_NI, _ = (
+            inputs
+        )
         assert ids_SK is not None, "supports() refuses dense gates"
         (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
         dtype = product_dtype(x_NI, A_RI)

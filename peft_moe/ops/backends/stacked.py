@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import CallSpec, MixInputs, add_product, product_dtype
+from ..backend import CallSpec, MixInputs, product_dtype
 from ..chosen_ranks import ChosenRanks
 from ..device_costs import Constants
+from ..mix import add_product
 from ..once_differentiable import Gradients, once_differentiable
 from ..rank_map import RankMap
 
@@ -45,7 +46,7 @@ class Stacked:
         x_NI, A_RI, B_RO, gates, ranks, base_NO, ids_NK, _, may_select_null, overwrite, *_ = inputs
         if ids_NK is not None:
             ids_NK, gates = inputs.choice_per_token()
-        dtype = product_dtype(x_NI, A_RI)
+        dtype = inputs.dtype or product_dtype(x_NI, A_RI)
         leaves = (x_NI, A_RI, B_RO, gates)
         # torch.compile decides by itself what it keeps for the backward pass.
         plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()

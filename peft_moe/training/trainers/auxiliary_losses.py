@@ -74,7 +74,7 @@ class AuxiliaryTerms:
         found = []
         for module in model.modules():
             if isinstance(module, MoLoraLayer) and self.adapter in module.molora_A:
-                ranks = module.rank_maps[self.adapter].ranks
+                ranks = module.mixtures[self.adapter].rank_map.ranks
                 if sum(rank > 0 for rank in ranks) > 1:
                     found.append(orthogonality_loss(module.molora_A[self.adapter].weight, ranks))  # type: ignore[arg-type]
         if not found:

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ...errors import PeftMoeError
-from ...routing.controls import Controls, use_experts, use_gates, use_temperature
+from ...routing.context import Controls
+from ...routing.controls import use_experts, use_gates, use_temperature
 from ..config.mixture import MoLoraConfig
-from .resolve_controls import fixed_gates, limits_of
+from .resolve_controls import constraints_of, fixed_gates
 
 
 class Controlled:
@@ -22,7 +23,7 @@ class Controlled:
         """As :func:`peft_moe.use_experts`, and unknown names raise here."""
         block = use_experts(*names)
         for adapter, config in self._active_mixtures().items():
-            limits_of(Controls(experts=names), adapter, config)
+            constraints_of(Controls(experts=names), adapter, config)
         return block
 
     def use_gates(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
@@ -38,8 +39,8 @@ class Controlled:
         return use_temperature(temperature)
 
     def _active_mixtures(self) -> dict[str, MoLoraConfig]:
-        found = {a: self.peft_config[a] for a in self.active_adapters if a in self.peft_config}
-        mixtures = {a: config for a, config in found.items() if isinstance(config, MoLoraConfig)}
+        active = {a: self.peft_config[a] for a in self.active_adapters if a in self.peft_config}
+        mixtures = {a: config for a, config in active.items() if isinstance(config, MoLoraConfig)}
         if not mixtures:
             raise PeftMoeError(f"no mixture is active; set_adapter() one of {sorted(self.peft_config)}")
         return mixtures

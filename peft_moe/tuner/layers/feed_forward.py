@@ -6,9 +6,9 @@ where FFN_e is the frozen network with expert e in its linears. Where gates sum 
 Σ_e g_e · FFN_e(x); what they leave goes to the base (a null expert), and an expert that is always on adds its
 own change.
 
-The network runs as it is. Its first linears return one row per chosen expert, on a new axis in front, which
-everything between them and the last linear carries along; there the rows meet again. So nothing of the
-network is written anew, whatever stands between its linears.
+The network runs as it is. Its first linears return one row per chosen expert, on a new axis in front. The
+code between them and the last linear carries this axis along; the last linear sums the rows. So no part of
+the network is written anew, whatever its linears have between them.
 
 Letters: N tokens, I in, O out, F hidden features, E experts, K branches.
 """
@@ -25,16 +25,15 @@ from torch import Tensor, nn
 
 from ...errors import PeftMoeError
 from ...experts.base_modules import base_modules
-from ...io.offload import read
+from ...ops import RankMap
 from ...ops.ffn_branches import combine_branch_deltas, combine_branches, expand_branches, with_base_branch
 from ...routers import Router
-from ...routing.context import Routing, RoutingContext, current_context
-from ...routing.context_var import Slot
+from ...routing.context import Routing, RoutingContext, Slot, current_context
+from ...routing.decision import per_token
 from .find_feed_forward import FeedForward, feed_forwards_of, find_feed_forwards
-from .frozen_experts import trained_part
 from .layer_groups import LayerGroups
-from .linear_like import linear_sizes, per_token
-from .scope import Decider
+from .linear_like import linear_sizes
+from .scope import RoutingScope
 from .shared_router import BLOCK_ROUTER, BlockRouter, SharedRouter
 
 if TYPE_CHECKING:
@@ -44,16 +43,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Branches:
-    """One call of an FFN: who computes which row.
+    """One call of an FFN: which expert computes which row.
 
     Attributes:
-        adapter: whose experts.
+        adapter: the mixture's name.
         home: the FFN.
         ids, weights: the experts of each token and their weights, [N, K] or [1, K], which sum to 1; E is the
             base.
         lead: sizes of the input without its features.
         entered: linears that have read the input in this call.
-        parted: whether the rows were parted, which takes an expert in one of the first linears.
+        expanded: whether the hidden state has a row per branch: one of the first linears has experts.
     """
 
     adapter: str
@@ -62,19 +61,28 @@ class Branches:
     weights: Tensor
     lead: tuple[int, ...]
     entered: set[str] = field(default_factory=set)
-    parted: bool = False
+    expanded: bool = False
 
 
-# From the first linear to the last of the FFN that is running; a layer that is computed again begins anew.
+# Set from the first linear to the last one of the FFN that runs. A layer that is computed again starts anew.
 _running = Slot[Branches]("peft_moe_branches")
 
 
 @dataclass
-class Member:
-    """What an adapted linear of an FFN knows of it: which one it is in, and whether it is the last."""
+class FeedForwardPlace:
+    """What an adapted linear of an FFN knows of its place.
 
+    Attributes:
+        name: of the linear.
+        home: the FFN.
+        adapter: the mixture's name.
+        is_output: whether the linear writes the FFN's output.
+    """
+
+    name: str
     home: str
-    joins: bool
+    adapter: str
+    is_output: bool
 
 
 def find_blocks(config: MoLoraConfig, model: nn.Module, plan: ExpertPlan) -> dict[str, FeedForward]:
@@ -95,50 +103,58 @@ def find_blocks(config: MoLoraConfig, model: nn.Module, plan: ExpertPlan) -> dic
     return feed_forwards_of(model, (n for n in matched if plan.rank_map(n).total))
 
 
-def member_of(blocks: dict[str, FeedForward], name: str) -> Member | None:
+def place_in(blocks: dict[str, FeedForward], name: str, adapter: str) -> FeedForwardPlace | None:
     """The place of a linear in its FFN; None if it is mixed by itself."""
-    return Member(blocks[name].home, name == blocks[name].join) if name in blocks else None
+    if name not in blocks:
+        return None
+    return FeedForwardPlace(name, blocks[name].home, adapter, name == blocks[name].output_proj)
 
 
 def add_feed_forward_routers(
-    model: nn.Module, adapter: str, depth: LayerGroups, layers: dict[str, Any], blocks: dict[str, FeedForward]
+    model: nn.Module,
+    adapter: str,
+    groups: LayerGroups,
+    layers: dict[str, Any],
+    blocks: dict[str, FeedForward],
 ) -> list[SharedRouter]:
-    """Give the FFNs of these layers a seat, with a router unless one decides for the whole model."""
-    seats: dict[str, SharedRouter] = {}
+    """Give the FFNs of these layers a :class:`BlockRouter`.
+
+    It holds a router of this adapter, unless one router decides for the whole model.
+    """
+    block_routers: dict[str, SharedRouter] = {}
     for name, layer in layers.items():
-        if adapter not in layer.members or blocks[name].home in seats:
+        if layer.mixtures[adapter].place is None or blocks[name].home in block_routers:
             continue
-        ffn, seat = blocks[name], add_feed_forward_router(model, blocks[name])
-        decider: Decider = layer.deciders[adapter]
-        scope = "model" if decider.scope == "model" else "module"
-        seat.deciders[adapter] = replace(decider, scope=scope)
-        seat.joined.discard(adapter)
-        if ffn.join in layers:
-            seat.joined.add(adapter)
-        if scope == "module":
-            sizes = linear_sizes(_bare(model.get_submodule(ffn.forks[0])))
+        ffn, block_router = blocks[name], add_feed_forward_router(model, blocks[name])
+        scope: RoutingScope = layer.mixtures[adapter].scope
+        of_ffn = "model" if scope.scope == "model" else "module"
+        block_router.scopes[adapter] = replace(scope, scope=of_ffn, name=block_router.name)
+        block_router.with_output_experts.discard(adapter)
+        if ffn.output_proj in layers:
+            block_router.with_output_experts.add(adapter)
+        if of_ffn == "module":
+            sizes = linear_sizes(_bare(model.get_submodule(ffn.input_projs[0])))
             assert sizes is not None, ffn
-            seat.add_router(adapter, Router(depth.settings(name), sizes[0]))
-        seats[ffn.home] = seat
-    return list(seats.values())
+            block_router.add_router(adapter, Router(groups.settings(name), sizes[0]))
+        block_routers[ffn.home] = block_router
+    return list(block_routers.values())
 
 
 def add_feed_forward_router(model: nn.Module, ffn: FeedForward) -> BlockRouter:
-    """The seat at an FFN, which watches its linears; made on first use."""
+    """The block router of an FFN, which watches its linears; made on first use."""
     home = model.get_submodule(ffn.home)
-    seat: Any = getattr(home, BLOCK_ROUTER, None)
-    if seat is None:
-        seat = BlockRouter(ffn.home)
-        seat.attach(home)
-    if not seat.watched:
-        for name in ffn.forks:
-            hook = partial(_enter, seat, name)
-            seat.handles.append(_bare(model.get_submodule(name)).register_forward_pre_hook(hook))
-        last = _bare(model.get_submodule(ffn.join))
-        seat.handles.append(last.register_forward_pre_hook(partial(_leave, seat)))
-        seat.watched = ffn.members
-    found: BlockRouter = seat
-    return found
+    block_router: BlockRouter | None = getattr(home, BLOCK_ROUTER, None)
+    if block_router is None:
+        block_router = BlockRouter(ffn.home)
+        block_router.attach(home)
+    if not block_router.linears:
+        for name in ffn.input_projs:
+            hook = partial(_enter, block_router, name)
+            block_router.handles.append(_bare(model.get_submodule(name)).register_forward_pre_hook(hook))
+        last = _bare(model.get_submodule(ffn.output_proj))
+        block_router.handles.append(last.register_forward_pre_hook(partial(_leave, block_router)))
+        block_router.linears = ffn.members
+    return block_router
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -160,18 +176,18 @@ def rest_goes(config: MoLoraConfig) -> str:
     return "null" if config.null_expert else "nowhere"
 
 
-def _enter(seat: BlockRouter, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A linear is about to read the FFN's input: the first of a call decides for all."""
+def _enter(block_router: BlockRouter, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Hook: a linear is about to read the FFN's input. The first one of a call decides for all."""
     context = current_context()
-    if seat.disable_adapters or (context is not None and context.probing):
+    if block_router.disable_adapters or (context is not None and context.probing):
         return
-    for adapter in seat.adapters_now():
-        decider = seat.deciders.get(adapter)
-        if decider is None:
+    for adapter in block_router.adapters_now() if context is None else context.adapters:
+        scope = block_router.scopes.get(adapter)
+        if scope is None:
             continue
-        branches = _running_in(seat.name, adapter)
+        branches = _running_in(block_router.name, adapter)
         if branches is None or name in branches.entered:
-            branches = _decide(decider, adapter, seat, args[0], context)
+            branches = _decide(scope, block_router, args[0], context)
             _running.set(branches)
         branches.entered.add(name)
 
@@ -182,20 +198,20 @@ def _running_in(home: str, adapter: str) -> Branches | None:
 
 
 def _decide(
-    decider: Decider, adapter: str, seat: BlockRouter, x: Tensor, context: RoutingContext | None
+    scope: RoutingScope, block_router: BlockRouter, x: Tensor, context: RoutingContext | None
 ) -> Branches:
-    router: Any = dict(seat.molora_router).get(adapter)
-    routing = decider.decide(adapter, seat.name, x, router, context)
-    limited = context is not None and (context.gates is not None or adapter in context.limits)
-    rest = "apart" if limited else rest_goes(decider.config)
+    router: Any = dict(block_router.molora_router).get(scope.adapter)
+    routing = scope.decide(x, router, context)
+    constrained = context is not None and (context.gates is not None or scope.adapter in context.constraints)
+    rest = "apart" if constrained else rest_goes(scope.config)
     ids_NK, weights_NK = _chosen(routing, x)
     if routing.expert_ids is None and rest == "null":
         rest = "apart"
     if rest != "nowhere":
         ids_NK, weights_NK = with_base_branch(
-            ids_NK, weights_NK, decider.config.num_experts, in_place=rest == "null"
+            ids_NK, weights_NK, scope.config.num_experts, in_place=rest == "null"
         )
-    return Branches(adapter, seat.name, ids_NK, weights_NK, tuple(x.shape[:-1]))
+    return Branches(scope.adapter, scope.name, ids_NK, weights_NK, tuple(x.shape[:-1]))
 
 
 def _chosen(routing: Routing, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,39 +222,43 @@ def _chosen(routing: Routing, x: Tensor) -> tuple[Tensor, Tensor]:
     return per_token(routing.expert_ids, x, tokens), per_token(routing.expert_weights, x, tokens)
 
 
-def _leave(seat: BlockRouter, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The last linear is about to write the FFN's output: the rows meet in its input."""
+def _leave(block_router: BlockRouter, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Hook: the last linear is about to write the FFN's output. The branches are combined in its input."""
     branches = _running.get()
-    if branches is None or branches.home != seat.name:
+    if branches is None or branches.home != block_router.name:
         return None
-    if branches.adapter not in seat.joined:  # no expert is in the last linear
+    if branches.adapter not in block_router.with_output_experts:
         _running.set(None)
-    if not branches.parted:
+    if not branches.expanded:
         return None
-    h_KNF = _rows(args[0], branches, seat.name)
+    h_KNF = _rows(args[0], branches)
     return combine_branches(h_KNF, branches.weights).view(*branches.lead, -1), *args[1:]
 
 
-def _rows(h: Tensor, branches: Branches, home: str) -> Tensor:
+def _rows(h: Tensor, branches: Branches) -> Tensor:
     """The hidden state with one row per branch, [K, N, F]."""
     count = branches.ids.shape[1]
     if tuple(h.shape[:-1]) != (count, *branches.lead):
         raise PeftMoeError(
-            f"mixing='block': the last linear of {home} was given {tuple(h.shape[:-1])} rows where "
+            f"mixing='block': the last linear of {branches.home} was given {tuple(h.shape[:-1])} rows where "
             f"{(count, *branches.lead)} were sent in; something between its linears moves tokens. Use "
             "mixing='linear'"
         )
     return h.reshape(count, -1, h.shape[-1])
 
 
-def mix_in_block(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+def mix_in_feed_forward(
+    place: FeedForwardPlace, x: Tensor, y: Tensor, A_RI: Tensor, B_RO: Tensor, ranks: RankMap, backend: str
+) -> Tensor:
     """The part of one linear of an FFN.
 
     Args:
-        layer: the :class:`~peft_moe.tuner.layers.linear.MoLoraLayer`.
-        adapter: whose experts.
+        place: of the linear.
         x: its input, [..., I]; of the last linear with the branches in front, [K, ..., I].
-        result: its base layer's output, [..., O].
+        y: its base layer's output, [..., O].
+        A_RI, B_RO: the experts' factors on one rank axis.
+        ranks: the segments of R.
+        backend: how the mixture is computed.
 
     Returns:
         [K, ..., O]; of the last linear [..., O].
@@ -246,25 +266,22 @@ def mix_in_block(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     Raises:
         PeftMoeError: the FFN is not being called, or moves tokens.
     """
-    member: Member = layer.members[adapter]
-    branches = _running_in(member.home, adapter)
+    branches = _running_in(place.home, place.adapter)
     if branches is None:
         raise PeftMoeError(
-            f"mixing='block': {layer.name} was called before the linears that read the input of "
-            f"{member.home}; use mixing='linear'"
+            f"mixing='block': {place.name} was called before the linears that read the input of "
+            f"{place.home}; use mixing='linear'"
         )
-    A, B = trained_part(read(layer.molora_A[adapter]), read(layer.molora_B[adapter]), layer.held.get(adapter))
-    ranks, backend = layer.rank_maps[adapter], layer.backends[adapter]
-    base_NO, ids_NK = result.reshape(-1, result.shape[-1]), branches.ids
-    if not member.joins:
-        branches.parted = True
-        out_KNO = expand_branches(x.reshape(-1, x.shape[-1]), A, B, ids_NK, ranks, base_NO, backend)
-        return out_KNO.view(ids_NK.shape[1], *result.shape)
+    base_NO, ids_NK = y.reshape(-1, y.shape[-1]), branches.ids
+    if not place.is_output:
+        branches.expanded = True
+        out_KNO = expand_branches(x.reshape(-1, x.shape[-1]), A_RI, B_RO, ids_NK, ranks, base_NO, backend)
+        return out_KNO.view(ids_NK.shape[1], *y.shape)
     _running.set(None)
-    if branches.parted:
-        h_KNF = _rows(x, branches, member.home)
+    if branches.expanded:
+        h_KNF = _rows(x, branches)
     else:
         h_KNF = x.reshape(1, -1, x.shape[-1]).expand(ids_NK.shape[1], -1, -1)
-    return combine_branch_deltas(h_KNF, A, B, ids_NK, branches.weights, ranks, base_NO, backend).view(
-        result.shape
+    return combine_branch_deltas(h_KNF, A_RI, B_RO, ids_NK, branches.weights, ranks, base_NO, backend).view(
+        y.shape
     )

@@ -28,18 +28,18 @@ class FeedForward:
 
     Attributes:
         home: the module that calls its layers.
-        forks: names of the linears that read its input.
-        join: name of the one that writes its output.
+        input_projs: names of the linears that read its input.
+        output_proj: name of the one that writes its output.
     """
 
     home: str
-    forks: tuple[str, ...]
-    join: str
+    input_projs: tuple[str, ...]
+    output_proj: str
 
     @property
     def members(self) -> tuple[str, ...]:
         """All its linears."""
-        return (*self.forks, self.join)
+        return (*self.input_projs, self.output_proj)
 
 
 def find_feed_forwards(base: nn.Module) -> list[FeedForward]:
@@ -62,14 +62,14 @@ def find_feed_forwards(base: nn.Module) -> list[FeedForward]:
             if name not in taken and name.count(".") >= depth:
                 groups.setdefault(name.rsplit(".", depth)[0], []).append(name)
         for home, names in groups.items():
-            join = _join_of(names, linears)
+            join = _output_proj_of(names, linears)
             if home not in crowded and join is not None:
                 found[home] = FeedForward(home, tuple(n for n in names if n != join), join)
     order = {name: number for number, name in enumerate(modules)}
-    return sorted(found.values(), key=lambda ffn: order[ffn.join])
+    return sorted(found.values(), key=lambda ffn: order[ffn.output_proj])
 
 
-def _join_of(names: list[str], sizes: dict[str, tuple[int, int]]) -> str | None:
+def _output_proj_of(names: list[str], sizes: dict[str, tuple[int, int]]) -> str | None:
     """The linear that the others lead into; the last where several could be it."""
     for name in reversed(names) if len(names) > 1 else ():
         inner, outer = sizes[name]

@@ -7,6 +7,7 @@ sizes. Letters: N tokens, I in, O out, R total rank, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +19,55 @@ from ...errors import PeftMoeError
 from ...io.offload import read
 from ...ops import RankMap, folded_delta, mix
 from ...routers import Router
-from ...routing.context import Routing, RoutingContext, current_context
+from ...routing.context import Routing, RoutingContext, current_context, current_request
+from ...routing.decision import per_token
 from ...routing.mixed_batch import narrow, rows_of
 from .cached_submodules import cache_submodules
-from .feed_forward import Member, mix_in_block
-from .frozen_experts import held_rows, hold, trained_part
-from .linear_like import as_linear, gives_new_memory, linear_sizes, per_token
+from .feed_forward import FeedForwardPlace, mix_in_feed_forward
+from .frozen_experts import detach_frozen_rows, freeze_rows, frozen_rows
+from .linear_like import as_linear, linear_sizes
 from .merging import read_weight, write_weight
 from .resolve_controls import refuse_merged, refuse_passing
-from .scope import Decider
+from .scope import RoutingScope
 from .shared_router import MixtureLayer
+
+
+@dataclass
+class LayerMixture:
+    """What one adapter's mixture is on one linear layer, beside its weights.
+
+    Attributes:
+        rank_map: which rank belongs to which expert.
+        scope: who decides.
+        backend: how the mixture is computed.
+        place: the layer's place in a feed-forward network at whose output the experts are mixed
+            (mixing="block"); None mixes them at this layer.
+        frozen_rows: ranks of experts that stay as they are while others train, long [n]; None for none.
+        constant_router: a router that other layers share, and whose gates do not depend on the input.
+        pending_weights: a loaded config describes the experts, and their weights may not have arrived.
+    """
+
+    rank_map: RankMap
+    scope: RoutingScope
+    backend: str = "auto"
+    place: FeedForwardPlace | None = None
+    frozen_rows: Tensor | None = None
+    constant_router: Any = None
+    pending_weights: bool = False
 
 
 class MoLoraLayer(nn.Module, MixtureLayer):
     """Experts of every adapter on one linear layer.
+
+    A forward pass of the layer:
+
+    1. The base layer computes its output.
+    2. For each active mixture, its scope takes the decision: the layer's own router, the router of the block
+       or that of the model (:class:`RoutingScope`). A router scores the input, the selection turns scores
+       into gates (:mod:`peft_moe.routers`), and the caller's constraints and recorder are applied.
+    3. All experts are one LoRA on one rank axis: ``h = x Aᵀ``. Every rank is multiplied by its expert's
+       gate.
+    4. The sum ``base + (h ∘ gates) B`` is taken once (:func:`peft_moe.ops.mix`).
 
     ``molora_A.<adapter>`` holds the experts' A factors on one rank axis [R, I], ``molora_B.<adapter>``
     their B factors [R, O]: expert-major and transposed against LoRA, so that an expert is one slab of
@@ -40,7 +76,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("rank_maps", "deciders", "members", "constant_routers", "backends", "held")
+    other_param_names = ("mixtures",)
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -56,53 +92,32 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.molora_A = nn.ModuleDict()
         self.molora_B = nn.ModuleDict()
         self.molora_router = nn.ModuleDict()
-        self.rank_maps: dict[str, RankMap] = {}
-        self.deciders: dict[str, Decider] = {}
-        # Of mixing="block": the feed-forward network that this layer is part of.
-        self.members: dict[str, Member] = {}
-        self.backends: dict[str, str] = {}
-        # Routers that this layer shares with others and whose gates do not depend on the input.
-        self.constant_routers: dict[str, Any] = {}
-        # Ranks of experts that stay as they are while others train.
-        self.held: dict[str, Tensor | None] = {}
-        # Adapters whose experts are promised by a loaded config and not known to have arrived yet.
-        self.pending_weights: set[str] = set()
+        self.mixtures: dict[str, LayerMixture] = {}
         cache_submodules(self, "molora_A", "molora_B", "molora_router")
         self._start_empty()
 
     def add_mixture(
         self,
-        adapter: str,
+        mixture: LayerMixture,
         A_RI: Tensor,
         B_RO: Tensor,
-        rank_map: RankMap,
         *,
-        decider: Decider,
         router: Router | None,
         trains: Sequence[bool],
-        member: Member | None = None,
-        backend: str = "auto",
     ) -> None:
         """Put a mixture on this layer.
 
         Args:
-            adapter: the adapter's name.
+            mixture: all but its weights; its scope names the adapter.
             A_RI, B_RO: the experts' factors on one rank axis, in the dtype they came in.
-            rank_map: which rank belongs to which expert.
-            decider: who decides.
             router: this layer's own router, for scope "module"; None where it is shared.
             trains: of each expert, whether it trains. If none does, all are declared frozen to PEFT, which
-                then keeps them so; else those that do not are held still.
-            member: the feed-forward network at whose output the experts are mixed; None mixes them here.
-            backend: how the mixture is computed.
+                then keeps them so; else the rows of those that do not are frozen.
         """
+        adapter = mixture.scope.adapter
         self.molora_A[adapter] = as_linear(A_RI)
         self.molora_B[adapter] = as_linear(B_RO)
-        self.rank_maps[adapter] = rank_map
-        self.deciders[adapter] = decider
-        if member is not None:
-            self.members[adapter] = member
-        self.backends[adapter] = backend
+        self.mixtures[adapter] = mixture
         if router is not None:
             self.molora_router[adapter] = router
         self.set_trained(adapter, trains)
@@ -113,9 +128,10 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         if adapter in self.molora_router and not self.molora_router[adapter].trainable:
             frozen += ("molora_router",)
         self.frozen_peft_weight_names[adapter] = frozen
-        self.held[adapter] = held_rows(self.rank_maps[adapter], trains)
+        mixture = self.mixtures[adapter]
+        mixture.frozen_rows = frozen_rows(mixture.rank_map, trains)
         for side in (self.molora_A, self.molora_B):
-            hold(side[adapter].weight, self.held[adapter])
+            freeze_rows(side[adapter].weight, mixture.frozen_rows)
 
     def _home(self, adapter: str) -> nn.Module | None:
         base_layer: nn.Module = self.get_base_layer()
@@ -124,7 +140,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
     def follow_base_dtype(self, adapter: str) -> None:
         """Keep an adapter's experts in the base layer's dtype, if that is one to compute in."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if adapter not in self.molora_A or adapter in self.pending_weights or not isinstance(weight, Tensor):
+        mixture = self.mixtures.get(adapter)
+        if mixture is None or mixture.pending_weights or not isinstance(weight, Tensor):
             return
         if weight.dtype in (torch.float16, torch.bfloat16):
             self.molora_A[adapter].to(weight.dtype)
@@ -136,77 +153,96 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         if disabled and merged:
             self.unmerge()  # which empties the list
         base_layer: nn.Module = self.base_layer
-        result = base_layer(x, *args, **kwargs)
+        y = base_layer(x, *args, **kwargs)
         context = current_context()
         if merged and not disabled:
             refuse_merged(self.name, context)
         if disabled or merged or (context is not None and context.probing):
-            return result
+            return y
         overwrite = gives_new_memory(base_layer)
-        for adapter in self.adapters_now():
-            if adapter in self.molora_A:
-                result = self._mix(adapter, x, result, context, overwrite)
-        return result
+        for adapter in self.adapters_now() if context is None else context.adapters:
+            if adapter in self.mixtures:
+                y = self._add(adapter, x, y, context, overwrite)
+        return y
+
+    def _add(
+        self, adapter: str, x: Tensor, y: Tensor, context: RoutingContext | None, overwrite: bool
+    ) -> Tensor:
+        """Add one mixture to ``y``, which may be overwritten if ``overwrite`` says so."""
+        mixture = self.mixtures[adapter]
+        if mixture.pending_weights:
+            self._check_arrived(adapter)
+        if mixture.place is not None:
+            A, B = self._factors(adapter, mixture)
+            return mix_in_feed_forward(mixture.place, x, y, A, B, mixture.rank_map, mixture.backend)
+        router: Any = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
+        decision = mixture.scope.decide(x, router, context)
+        names = current_request().row_adapters if context is None else context.row_adapters
+        if names is None:
+            return self._mix(mixture, decision, x, y, context, overwrite)
+        rows_n = rows_of(names, adapter, x, self.name)
+        decision = narrow(decision, rows_n, x)
+        return y.index_copy(0, rows_n, self._mix(mixture, decision, x[rows_n], y[rows_n], None, True))
 
     def _mix(
-        self, adapter: str, x: Tensor, result: Tensor, context: RoutingContext | None, overwrite: bool
-    ) -> Tensor:
-        if adapter in self.pending_weights:
-            self._check_arrived(adapter)
-        if adapter in self.members:
-            return mix_in_block(self, adapter, x, result)
-        rows = rows_of(adapter, x, self.name)
-        router: Any = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
-        routing = self.deciders[adapter].decide(adapter, self.name, x, router, context)
-        if rows is None:
-            return self._apply_experts(adapter, routing, x, result, context, overwrite)
-        part = self._apply_experts(adapter, narrow(routing, rows, x), x[rows], result[rows], None, True)
-        return result.index_copy(0, rows, part)
-
-    def _apply_experts(
         self,
-        adapter: str,
-        routing: Routing,
+        mixture: LayerMixture,
+        decision: Routing,
         x: Tensor,
-        result: Tensor,
+        y: Tensor,
         context: RoutingContext | None,
         overwrite: bool,
     ) -> Tensor:
-        tokens = x.numel() // x.shape[-1]
-        A, B = read(self.molora_A[adapter]), read(self.molora_B[adapter])
-        base_NO = result.reshape(tokens, result.shape[-1])
-        kept = None if context is None else context.wide
-        wide = None if kept is None else kept.find(x)
+        tokens, adapter = x.numel() // x.shape[-1], mixture.scope.adapter
+        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
+        if A.is_meta or mixture.frozen_rows is not None:
+            A, B = self._factors(adapter, mixture)
+        base_NO = y.reshape(tokens, y.shape[-1])
+        upcasts = None if context is None else context.upcasts
+        fp32 = None if upcasts is None else upcasts.find(x)
+        gates_NE = ids_NK = weights_NK = None
+        if decision.expert_ids is None:
+            gates_NE = per_token(decision.gates, x, tokens)
+        else:
+            ids_NK = per_token(decision.expert_ids, x, tokens)
+            weights_NK = per_token(decision.expert_weights, x, tokens)
         mixed_NO = mix(
             x.reshape(tokens, x.shape[-1]),
-            *trained_part(A, B, self.held.get(adapter)),
-            None if routing.expert_ids is not None else per_token(routing.gates, x, tokens),
-            self.rank_maps[adapter],
+            A,
+            B,
+            gates_NE,
+            mixture.rank_map,
             base_NO,
-            expert_ids_NK=per_token(routing.expert_ids, x, tokens),
-            weights_NK=per_token(routing.expert_weights, x, tokens),
-            may_select_null=routing.may_select_null,
-            backend=self.backends[adapter],
+            expert_ids_NK=ids_NK,
+            weights_NK=weights_NK,
+            may_select_null=decision.may_select_null,
+            backend=mixture.backend,
             overwrite=overwrite,
-            fp32_NI=None if wide is None else wide.reshape(tokens, -1),
+            fp32_NI=None if fp32 is None else fp32.reshape(tokens, -1),
         )
-        written = mixed_NO is base_NO and result.is_contiguous()
-        return result if written else mixed_NO.view(result.shape)
+        in_place = mixed_NO is base_NO and y.is_contiguous()
+        return y if in_place else mixed_NO.view(y.shape)
+
+    def _factors(self, adapter: str, mixture: LayerMixture) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [R, O] to compute with, without gradients for the experts that do not train."""
+        A, B = read(self.molora_A[adapter]), read(self.molora_B[adapter])
+        return detach_frozen_rows(A, B, mixture.frozen_rows)
 
     def _check_arrived(self, adapter: str) -> None:
-        # Such experts start empty or as NaN; whoever loads them overwrites all of it, on whatever path.
+        # Experts that are to be loaded start empty or as NaN, and every way of loading overwrites them whole.
         weight = read(self.molora_A[adapter])
         if weight.is_meta or bool(torch.isnan(weight.flatten()[0])):
             raise PeftMoeError(
                 f"{self.name}: the config of adapter {adapter!r} describes experts whose weights were never "
                 "loaded; load the folder with PeftModel.from_pretrained, or give `experts` as adapter paths"
             )
-        self.pending_weights.discard(adapter)
+        self.mixtures[adapter].pending_weights = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # Awaited experts take the dtype of the file, else copying would widen or round them.
+        # Experts that are to be loaded take the dtype of the file, else copying would widen or round them.
+        pending = [adapter for adapter, mixture in self.mixtures.items() if mixture.pending_weights]
         for side in ("molora_A", "molora_B"):
-            for adapter in self.pending_weights:
+            for adapter in pending:
                 stored = state_dict.get(f"{prefix}{side}.{adapter}.weight")
                 if stored is not None:
                     weight = getattr(self, side)[adapter].weight
@@ -220,13 +256,13 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             PeftMoeError: the gates depend on the input, or act behind the next layer: nothing can be merged.
         """
         refuse_passing(adapter)
-        if adapter in self.members:
+        if self.mixtures[adapter].place is not None:
             raise PeftMoeError(
                 f"adapter {adapter!r} mixes whole feed-forward networks (mixing='block'), whose sum is no "
                 "single network, so that it cannot be merged into one weight; serve it with peft_moe "
                 "imported, or use mixing='linear' with router='uniform'"
             )
-        shared = self.constant_routers.get(adapter)
+        shared = self.mixtures[adapter].constant_router
         router = self.molora_router[adapter] if adapter in self.molora_router else shared  # noqa: SIM401  # ModuleDict has no get
         if router is None or router.reads_input:
             raise PeftMoeError(
@@ -235,9 +271,9 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             )
         weight = self.molora_A[adapter].weight
         # As wide as a forward pass: the model's one decision is float32, others follow what the layer reads.
-        own = torch.float32 if self.deciders[adapter].scope == "model" else weight.dtype
-        wide = torch.promote_types(own, torch.float32)
-        probe_11I = torch.zeros(1, 1, self.in_features, device=weight.device, dtype=wide)
+        dtype = torch.float32 if self.mixtures[adapter].scope.scope == "model" else weight.dtype
+        dtype = torch.promote_types(dtype, torch.float32)
+        probe_11I = torch.zeros(1, 1, self.in_features, device=weight.device, dtype=dtype)
         gates_E: Tensor = router(probe_11I).gates.reshape(-1)
         return gates_E
 
@@ -247,7 +283,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             self.molora_A[adapter].weight,
             self.molora_B[adapter].weight,
             self.constant_gates(adapter),
-            self.rank_maps[adapter],
+            self.mixtures[adapter].rank_map,
         )
         return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
 
@@ -284,7 +320,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def expert_factors(self, adapter: str, expert: int) -> tuple[Tensor, Tensor] | None:
         """A [r, I] and B [O, r] of one expert as they were read, bit for bit; None if it is not here."""
-        segment = self.rank_maps[adapter].slices()[expert]
+        segment = self.mixtures[adapter].rank_map.slices()[expert]
         if segment.start == segment.stop:
             return None
         A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
@@ -292,4 +328,11 @@ class MoLoraLayer(nn.Module, MixtureLayer):
 
     def extra_repr(self) -> str:
         """Ranks of every adapter's experts."""
-        return ", ".join(f"{adapter}: ranks={m.ranks}" for adapter, m in self.rank_maps.items())
+        return ", ".join(f"{adapter}: ranks={m.rank_map.ranks}" for adapter, m in self.mixtures.items())
+
+
+def gives_new_memory(module: nn.Module) -> bool:
+    """Whether nobody but its caller can hold what a linear layer returns, so that it may be overwritten."""
+    # A hook may keep it, and what is put in place of a method may do anything.
+    hooked = module._forward_hooks or nn.modules.module._has_any_global_hook()
+    return type(module) in (nn.Linear, Conv1D) and not hooked and "forward" not in module.__dict__

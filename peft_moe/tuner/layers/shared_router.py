@@ -15,10 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...errors import PeftMoeError
 from ...routers import Router
-from ...routing.context import Routing, RoutingContext, report
-from ...routing.context_var import Slot
+from ...routing.context import Routing, Slot, current_request
 from ...routing.mixed_batch import named_adapters
 from .meta_weights import is_empty
 
@@ -39,10 +37,10 @@ class MixtureLayer(BaseTunerLayer):
         self._active_adapter: str | list[str] = []
 
     def adapters_now(self) -> list[str]:
-        """What the running call uses: the active adapters, or those that its rows name."""
-        named = named_adapters()
-        if named is not None:
-            return named
+        """The adapters that the running call uses: the active ones, or those that its rows name."""
+        row_adapters = current_request().row_adapters
+        if row_adapters is not None:
+            return named_adapters(row_adapters)
         active: list[str] = self.active_adapters
         return active
 
@@ -116,15 +114,15 @@ class SharedRouter(nn.Module, MixtureLayer):
 
 
 @dataclass
-class _BlockCall:
+class BlockCall:
     """One call of a block: who decides, and what it decided per shape of tokens."""
 
     block: BlockRouter
     decisions: dict[tuple[str, tuple[int, ...]], Routing] = field(default_factory=dict)
-    parent: _BlockCall | None = None
+    parent: BlockCall | None = None
 
 
-_block_call = Slot[_BlockCall]("peft_moe_block")
+_block_call = Slot[BlockCall]("peft_moe_block")
 
 
 class BlockRouter(SharedRouter):
@@ -135,15 +133,15 @@ class BlockRouter(SharedRouter):
     decides again, and nothing is left over for the next forward pass.
     """
 
-    other_param_names = ("deciders",)
+    other_param_names = ("scopes",)
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        # Of mixing="block": who decides here, by adapter; those with experts in the last linear; the linears
-        # that are watched for it.
-        self.deciders: dict[str, Any] = {}
-        self.joined: set[str] = set()
-        self.watched: tuple[str, ...] = ()
+        # For mixing="block": the scope of each adapter, the adapters with experts in the last linear, and the
+        # linears that are watched.
+        self.scopes: dict[str, Any] = {}
+        self.with_output_experts: set[str] = set()
+        self.linears: tuple[str, ...] = ()
 
     def _home(self, adapter: str) -> nn.Module | None:
         block: nn.Module = self.__dict__["_block"]
@@ -157,7 +155,7 @@ class BlockRouter(SharedRouter):
         self.handles.append(block.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, block: nn.Module, args: Any) -> None:
-        _block_call.set(_BlockCall(self, parent=_block_call.get()))
+        _block_call.set(BlockCall(self, parent=_block_call.get()))
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
         call = _block_call.get()
@@ -165,58 +163,9 @@ class BlockRouter(SharedRouter):
             _block_call.set(call.parent)
 
 
-def block_decision(adapter: str, x: Tensor, layer_name: str, context: RoutingContext | None) -> Routing:
-    """The decision of the block that is being called, taken from ``x`` if it is the first to ask.
-
-    Args:
-        adapter: the adapter's name.
-        x: the asking layer's input, [B, T, I].
-        layer_name: for messages.
-        context: of the running call.
-
-    Raises:
-        PeftMoeError: no block is being called (its ``forward`` was called directly), or the asking
-            layer is the first and its input does not fit the block's router.
-    """
-    call = _block_call.get()
-    if call is None or adapter not in call.block.molora_router:
-        raise PeftMoeError(
-            f"{layer_name}: router_scope='block' found no running block; call the block itself, not its "
-            "`forward`, or use router_scope='module'"
-        )
-    key = (adapter, tuple(x.shape[:-1]))
-    if key not in call.decisions:
-        router: Router = call.block.molora_router[adapter]  # type: ignore[assignment]
-        if x.shape[-1] != router.in_features:
-            raise PeftMoeError(
-                f"{layer_name}: its input has {x.shape[-1]} features, the router of block "
-                f"{call.block.name} reads {router.in_features}; use router_scope='module'"
-            )
-        call.decisions[key] = take_decision(router, adapter, call.block.name, x, context)
-    return call.decisions[key]
-
-
-def take_decision(
-    router: Router, adapter: str, name: str, x: Tensor, context: RoutingContext | None
-) -> Routing:
-    """Ask a router of scope "module" or "block", or follow what it decided for the prompt.
-
-    Args:
-        router: of the module or block.
-        adapter: the adapter's name.
-        name: of the module or block.
-        x: its input, [B, T, I].
-        context: of the running call.
-    """
-    if (router.pools or router.runs) and context is not None:
-        routing = context.decide(adapter, name, lambda before: router(x, context, before=before))
-    else:
-        routing = router(x, context)
-    # What is kept is the router's own decision: later steps may allow something else.
-    if context is not None and adapter in context.limits:
-        routing = router.limited(routing, context.limits[adapter], context)
-    report(name, routing)
-    return routing
+def running_block() -> BlockCall | None:
+    """The call of a block that is running; None outside of one."""
+    return _block_call.get()
 
 
 def share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, Any]) -> None:
@@ -224,7 +173,7 @@ def share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, An
     routers = {seat.name: seat.molora_router[adapter] for seat in seats if adapter in seat.molora_router}
     for name, layer in layers.items():
         router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_ROUTER)
-        layer.constant_routers[adapter] = router
+        layer.mixtures[adapter].constant_router = router
 
 
 def named_routers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Router]]:

@@ -55,7 +55,7 @@ def expert_digests(model: nn.Module, adapter: str, weight_of: WeightOf | None = 
     layers = mixture_layers(model, adapter)
     if not layers:
         return []
-    ranks = next(iter(layers.values())).rank_maps[adapter].ranks
+    ranks = next(iter(layers.values())).mixtures[adapter].rank_map.ranks
     return [_digest(layers, adapter, expert, weight_of or own) for expert in range(len(ranks))]
 
 
@@ -83,7 +83,7 @@ def short(digest: str | None) -> str:
 def _digest(layers: dict[str, Any], adapter: str, expert: int, weight_of: WeightOf) -> str | None:
     slabs: list[Slab] = []
     for name, layer in layers.items():
-        segment = layer.rank_maps[adapter].slices()[expert]
+        segment = layer.mixtures[adapter].rank_map.slices()[expert]
         if segment.start == segment.stop:
             continue
         for side in "AB":
@@ -91,7 +91,7 @@ def _digest(layers: dict[str, Any], adapter: str, expert: int, weight_of: Weight
             if found is None:
                 return None
             weight = found.detach()
-            if weight.is_meta or weight.dim() != 2 or len(weight) != layer.rank_maps[adapter].total:
+            if weight.is_meta or weight.dim() != 2 or len(weight) != layer.mixtures[adapter].rank_map.total:
                 return None
             if hasattr(weight, "to_local"):  # a part of a tensor that other processes share
                 return None

@@ -36,10 +36,22 @@ class LoadVerifier:
         self.open: dict[str, set[str]] = {}
         # The model before the injection of an adapter that is to be loaded.
         self.before: dict[str, Snapshot] = {}
-        self.handles = [
-            model.register_load_state_dict_pre_hook(self._at_load),
-            model.register_forward_pre_hook(self._at_forward, prepend=True),
-        ]
+        self.handles = [model.register_load_state_dict_pre_hook(self._at_load)]
+        # The hook of forward passes, while a load is open.
+        self.watching: Any = None
+
+    def begin(self, model: nn.Module, adapter: str, names: set[str]) -> None:
+        """Note the tensors of a load of ``adapter``; it is checked before the next forward pass."""
+        self.open.setdefault(adapter, set()).update(names)
+        if self.watching is None:
+            self.watching = model.register_forward_pre_hook(self._at_forward, prepend=True)
+
+    def end(self, adapter: str) -> None:
+        """Forget the load of ``adapter``."""
+        self.open.pop(adapter, None)
+        if not self.open and self.watching is not None:
+            self.watching.remove()
+            self.watching = None
 
     def _at_load(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for known, config in self.configs.items():
@@ -53,10 +65,10 @@ class LoadVerifier:
             if adapter in self.configs and "molora_router" not in key:
                 names.setdefault(adapter, set(extra)).add(key.removeprefix(prefix))
         for adapter, keys in names.items():
-            self.open.setdefault(adapter, set()).update(keys)
+            self.begin(model, adapter, keys)
 
     def _at_forward(self, model: nn.Module, args: Any) -> None:
-        if self.open and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             used = {a for m in model.modules() if isinstance(m, MixtureLayer) for a in m.adapters_now()}
             for adapter in used & self.open.keys():
                 self.check(model, adapter)
@@ -72,7 +84,7 @@ class LoadVerifier:
                 _compare_saved(model, adapter, config.weights_digest)
             # What comes later under this name, such as a checkpoint of the same run, is another save.
             config.weights_digest = None
-            self.open.pop(adapter)
+            self.end(adapter)
             self.before.pop(adapter, None)
 
 
@@ -99,7 +111,7 @@ def record_expert_digests(
         arrivals = seat.__dict__["arrivals"] = LoadVerifier(model)
         seat.handles += arrivals.handles
     arrivals.configs[adapter] = config
-    arrivals.open.pop(adapter, None)
+    arrivals.end(adapter)
     arrivals.before.clear()  # what was kept for another adapter knows nothing of this one
     if plan.files and not config.experts_train:
         for record, digest in zip(config.records(), expert_digests(model, adapter), strict=True):
@@ -111,7 +123,7 @@ def record_expert_digests(
                 for tensor in router.state_dict().values():
                     if tensor.is_floating_point():
                         tensor.fill_(torch.nan)
-        arrivals.open[adapter] = set()
+        arrivals.begin(model, adapter, set())
         arrivals.before[adapter] = before
 
 
@@ -212,7 +224,7 @@ def check_arrived(
     if verify and any(recorded.values()):
         compare_digests(expert_digests(model, adapter), adapter, recorded)
     for layer in layers.values():
-        layer.pending_weights.discard(adapter)
+        layer.mixtures[adapter].pending_weights = False
     return True
 
 
