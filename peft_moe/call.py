@@ -6,13 +6,12 @@ Letters: B batch, T sequence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from .caches import cache_of, past_length
 from .errors import PeftMoeError
 from .routing import RoutingContext, current_inputs
 
@@ -29,27 +28,6 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-# What the cache is called: keys and values of attention, or states of recurrent layers.
-CACHES = ("past_key_values", "cache_params")
-
-
-def cache_of(call: Any) -> Any:
-    """The cache among a call's arguments, or in a model's output; None without one."""
-    return next((call[name] for name in CACHES if name in call and call[name] is not None), None)
-
-
-def past_length(call: dict[str, Any]) -> int:
-    """How many tokens the cache holds; 0 without one, 1 for any past of recurrent layers alone."""
-    cache = cache_of(call)
-    if cache is None or not hasattr(cache, "get_seq_length"):
-        return 0
-    layers = getattr(cache, "layers", [])
-    recurrent = [layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-    if recurrent and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
-        return int(cache.has_previous_state())
-    return int(cache.get_seq_length())
 
 
 def given_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
@@ -71,11 +49,6 @@ def fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
     # Left open, it is the base's default; in training nobody uses the cache that comes of it.
     by_default = getattr(model.config, "use_cache", False) and not model.training
     return bool(call.get("use_cache", by_default))
-
-
-def returned_cache(output: Any, call: dict[str, Any]) -> Any:
-    """The KV cache behind a call: that of its output, else the one it was given."""
-    return cache_of({**call, **output} if isinstance(output, Mapping) else call)
 
 
 def read_call(

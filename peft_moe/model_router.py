@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
-from .call import cache_of, fills_cache, generates, named_arguments, past_length, read_call, returned_cache
+from .caches import cache_of, past_length, returned_cache
+from .call import fills_cache, generates, named_arguments, read_call
 from .checkpointing import bind_checkpoints, refuse_reentrant
 from .config import MoLoraConfig
 from .decode_state import REMEMBERED, RouterState, attach_state, find_state
@@ -154,12 +155,15 @@ class ModelRouter(SharedRouter):
         self, adapter: str, call: dict[str, Any], context: RoutingContext
     ) -> dict[str, Routing] | None:
         runs = adapter in self.running
-        if self.pinned and adapter in self.pinned and past_length(call) == 0 and not runs:
+        cache, past = cache_of(call), past_length(call)
+        # An architecture's own cache has no room for the decision; a generation then holds it as without one.
+        alone = past == 0 or not isinstance(cache, Cache)
+        if self.pinned and adapter in self.pinned and alone and not runs:
             return self.pinned[adapter]
-        if context.prompt is not None and (past_length(call) == 0 or not runs):
+        if context.prompt is not None and (past == 0 or not runs):
             return None  # the caller marks a prompt: a new turn, a new decision
-        if past_length(call) > 0:
-            state = find_state(cache_of(call), adapter)
+        if past > 0:
+            state = find_state(cache, adapter)
             if state is None or state.decisions is None:
                 raise PeftMoeError(
                     f"adapter {adapter!r} decides once per prompt, and this KV cache holds no decision of "
@@ -207,7 +211,9 @@ class ModelRouter(SharedRouter):
             return
         for adapter in self.adapters_now():
             tap = self.taps.get(adapter)
-            if tap is None or tap.layer is not layer or tap.below == "probe" or adapter in context.shared:
+            if tap is None or tap.layer is not layer or tap.below == "probe":
+                continue
+            if adapter in context.shared and adapter not in context.retake:
                 continue
             router = self.molora_router[adapter]
             if (router.pools or router.runs) and tap.below == "base":

@@ -60,6 +60,7 @@ class RoutingContext:
         gates: the caller's own gates [B|1, T|1, E], which every layer uses instead of asking a router.
         limits: what the caller allows the routers, by adapter; see :mod:`peft_moe.controls`.
         shared: decisions of scope "model", by adapter; and by :func:`below` for the layers below a tap.
+        retake: adapters whose entry in ``shared`` a layer that is recomputed now made in its first run.
         kept: decisions per prompt that this call continues, by adapter and router.
         decided: decisions per prompt that this call took, by adapter and router.
         probing: True while the base alone runs up to a tap; mixture layers then step aside.
@@ -80,6 +81,7 @@ class RoutingContext:
     gates: Tensor | None = None
     limits: dict[str, Limits] = field(default_factory=dict)
     shared: dict[str, Routing] = field(default_factory=dict)
+    retake: frozenset[str] = frozenset()
     kept: dict[str, dict[str, Routing]] = field(default_factory=dict)
     decided: dict[str, dict[str, Routing]] = field(default_factory=dict)
     probing: bool = False
