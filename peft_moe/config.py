@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME, PeftType
 
 from .card import check_base_on_hub, update_card
@@ -234,6 +234,21 @@ class MoLoraConfig(RoutingFields, PeftConfig):
         return isinstance(self.experts, int) or (
             self.experts_embedded and all(not record.get("source") for record in self.records())
         )
+
+    def own_copy(self) -> MoLoraConfig:
+        """A config that can be written to; this one stays as it is."""
+        own = copy.copy(self)
+        own.modules_to_save = copy.copy(self.modules_to_save)
+        return own
+
+    def follow_head_of(self, handed: MoLoraConfig) -> None:
+        """Take part in what PEFT does to the caller's config once the injection is over.
+
+        For these two tasks it then adds the head's modules to the caller's list, and looks for them in ours.
+        So both hold one list, which it extends in place.
+        """
+        if self is not handed and self.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            self.modules_to_save = handed.modules_to_save = list(handed.modules_to_save or [])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; sets are sorted, so that the file's bytes do not depend on hashing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -63,11 +62,11 @@ class MoLoraModel(Controlled, BaseTuner):
             PeftMoeError: a config, an adapter or a name that cannot work; the model is untouched.
         """
         config: MoLoraConfig = self.peft_config[adapter_name]
+        handed = config
         if not config.inference_mode or config.sources():
             # Whoever makes experts keeps the config as it was, and can use it again on another model; whoever
             # loads some finds the very one that was handed over, as PEFT promises.
-            config = copy.copy(config)
-            self.peft_config[adapter_name] = config
+            self.peft_config[adapter_name] = config = handed.own_copy()
         _check_adapter_name(adapter_name, model)
         before = Snapshot(model)
         note_base(config, model)
@@ -92,6 +91,7 @@ class MoLoraModel(Controlled, BaseTuner):
                 plan.close()
             self._seat_routers(model, adapter_name, config, tap, depth, blocks)
         note_experts(model, getattr(model, MODEL_SEAT), adapter_name, config, plan, before)
+        config.follow_head_of(handed)
 
     def _create_and_replace(
         self,
