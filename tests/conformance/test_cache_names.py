@@ -187,3 +187,18 @@ def test_an_architectures_own_cache_is_a_past(kind: str) -> None:
     running = recurrent(kind, router="running", router_below_tap="base")
     with pytest.raises(PeftMoeError, match="holds no decision of it"):
         running.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+
+def test_a_decision_per_prompt_holds_beside_an_architectures_own_cache() -> None:
+    """It has no room for the decision, which a generation then keeps as it does without a cache.
+
+    Not with RWKV: there the bare base's logits with its state are not those without.
+    """
+    model = recurrent("xlstm", router="linear", router_granularity="sequence", router_scope="block")
+    ids = torch.stack(texts(lengths=(LENGTH, LENGTH)))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    cached, uncached = (
+        model.generate(input_ids=ids, use_cache=cache, output_logits=True, **options)
+        for cache in (True, False)
+    )
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **FP32)
