@@ -106,5 +106,5 @@ def _unknown(name: str, cache: Any) -> str:
         )
     return (
         f"{name}= is a {kind}, and routers cannot tell how many tokens it holds; pass a Cache of "
-        "transformers (DynamicCache, StaticCache), or None and the whole text"
+        "transformers (DynamicCache, StaticCache), as generate() does and generate_batch() does not"
     )
