@@ -1,4 +1,5 @@
-# make setup · demo · fmt · check · test · test-slow · test-long · bench · clean
+# make setup · demo · fmt · check · test · test-slow · test-long · matrix · bench · clean
+# matrix: core tests with each version of transformers, installed under .matrix/ without constraints.txt.
 PYTHON ?= python3
 JOBS ?= 2
 
@@ -10,7 +11,7 @@ PEFT_TESTS := $(VENV)/peft-tests/.fetched
 # Threads of one test process; more only fight with the other processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo fmt check test test-slow test-long test-gpu bench clean
+.PHONY: setup demo fmt check test test-slow test-long test-gpu matrix bench clean
 
 setup: $(STAMP)
 
@@ -50,10 +51,14 @@ test-long: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+# A fresh install of each version of transformers that we promise, the newest one among them, and the core tests.
+matrix:
+	JOBS=$(JOBS) $(PYTHON) tests/matrix.py
+
 # A benchmark of broken arithmetic says nothing: without these tests there are no figures.
 bench: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) tests/ops tests/conformance/test_equalities.py
 	$(BIN)/python -m benchmarks.suite
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

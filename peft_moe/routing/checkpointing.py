@@ -8,13 +8,15 @@ wrapped: it notes the running context when the checkpoint is taken, and restores
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import PeftMoeError
-from .context import bound_to, current_context
+from .context import RoutingContext, bound_to, current_context
 
 
 class ContextBoundCheckpoint:
@@ -26,12 +28,34 @@ class ContextBoundCheckpoint:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint ``function``, bound to the context that is running now."""
         context = current_context()
+        taken: set[str] = set()
 
         def in_its_context(*inputs: Any, **named: Any) -> Any:
             with bound_to(context):
-                return function(*inputs, **named)
+                if context is None or torch.compiler.is_compiling():
+                    return function(*inputs, **named)
+                with _taking_again(context, taken):
+                    return function(*inputs, **named)
 
         return self.checkpoint(in_its_context, *args, **kwargs)
+
+
+@contextmanager
+def _taking_again(context: RoutingContext, taken: set[str]) -> Iterator[None]:
+    """Run a layer so that its recomputation takes the decisions that its first run took.
+
+    Before transformers 5.23 a layer's hooks run inside of its checkpoint. A tap that found its decision there
+    already would save fewer tensors than in the first run.
+    """
+    before = dict(context.model_decisions)
+    context.retake = frozenset(taken)
+    try:
+        yield
+    finally:
+        context.retake = frozenset()
+        taken.update(context.model_decisions.keys() - before.keys())
+        # Other layers keep the decision that they were computed with.
+        context.model_decisions.update({adapter: before[adapter] for adapter in taken & before.keys()})
 
 
 def bind_checkpoints(model: nn.Module) -> None:

@@ -178,6 +178,7 @@ class RoutingContext:
         generation: the user's call that this pass belongs to.
         constraints: what the caller allows the routers, by adapter.
         model_decisions: decisions of scope "model", by adapter; for layers below a tap by :func:`below`.
+        retake: adapters whose model decision was first taken in a layer that is recomputed now.
         cached_decisions: decisions per prompt that this call continues, by adapter and router.
         new_decisions: decisions per prompt that this call takes, by adapter and router.
         probing: True while the base alone runs up to a tap; mixture layers then step aside.
@@ -202,6 +203,7 @@ class RoutingContext:
     generation: Generation | None = None
     constraints: dict[str, RoutingConstraints] = field(default_factory=dict)
     model_decisions: dict[str, Routing] = field(default_factory=dict)
+    retake: frozenset[str] = frozenset()
     cached_decisions: dict[str, dict[str, Routing]] = field(default_factory=dict)
     new_decisions: dict[str, dict[str, Routing]] = field(default_factory=dict)
     probing: bool = False

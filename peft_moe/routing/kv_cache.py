@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, EncoderDecoderCache
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..errors import PeftMoeError
 from .context import Routing
@@ -23,7 +24,30 @@ from .context import Routing
 REMEMBERED = 64
 
 
-class CachedRouting(DummyLayer):  # type: ignore[misc]  # transformers is untyped here
+class _Storeless:
+    """transformers' DummyLayer, for its versions before 5.23, which have none."""
+
+    supports_early_init = False
+    is_compileable = True
+
+    def __init__(self) -> None:
+        self.is_initialized = True
+        self.keys = None
+        self.values = None
+
+    def offload(self) -> None: ...
+
+    def prefetch(self) -> None: ...
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+_Layer: Any = getattr(cache_utils, "DummyLayer", _Storeless)
+
+
+class CachedRouting(_Layer):  # type: ignore[misc]  # transformers is untyped here
     """What one adapter's router must remember between the steps of a generation.
 
     Attributes:
@@ -46,8 +70,11 @@ class CachedRouting(DummyLayer):  # type: ignore[misc]  # transformers is untype
 
     def crop(self, tokens_to_remove: int) -> None:
         """Follow a rollback; the prompt's decision stands."""
-        if self.probe_cache is not None:
-            self.probe_cache.crop(tokens_to_remove)
+        layers: Any = self.probe_cache.layers if self.probe_cache is not None else ()
+        for layer in layers:
+            # Those above the tap were never filled, which older versions of transformers do not look at.
+            if getattr(layer, "is_initialized", True):
+                layer.crop(tokens_to_remove)
         removed = abs(tokens_to_remove)
         for name, routing in (self.decisions or {}).items():
             if routing.running is None or removed == 0:

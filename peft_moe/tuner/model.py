@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
@@ -66,11 +65,11 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
             PeftMoeError: a config, an adapter or a name that cannot work; the model is untouched.
         """
         config: MoLoraConfig = self.peft_config[adapter_name]
+        original = config
         if not config.inference_mode or config.sources():
             # Whoever makes experts keeps the config as it was, and can use it again on another model; whoever
-            # loads some finds the very one that was handed over, as PEFT promises.
-            config = copy.copy(config)
-            self.peft_config[adapter_name] = config
+            # loads some finds the very one that was original over, as PEFT promises.
+            self.peft_config[adapter_name] = config = original.own_copy()
         _check_adapter_name(adapter_name, model)
         before = Snapshot(model)
         record_base(config, model)
@@ -95,6 +94,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
                 plan.close()
             self._add_shared_routers(model, adapter_name, config, tap, groups, blocks)
         record_expert_digests(model, getattr(model, MODEL_ROUTER), adapter_name, config, plan, before)
+        config.follow_head_of(original)
 
     def _create_and_replace(
         self,

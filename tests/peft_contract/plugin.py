@@ -36,7 +36,11 @@ TASKS = {
     "test_encoder_decoder_models": "SEQ_2_SEQ_LM",
     "test_feature_extraction_models": "FEATURE_EXTRACTION",
     "test_seq_classifier": "SEQ_CLS",
-    "test_token_classification_qa": None,
+}
+# Modules with a class of tests for each task.
+TASKS_OF_CLASSES = {
+    "TestTokenClassificationModels": "TOKEN_CLS",
+    "TestQuestionAnsweringModels": "QUESTION_ANS",
 }
 # PEFT's cases of LoRA, as far as they are about linear layers.
 CUSTOM: dict[str, tuple[str, dict[str, Any]]] = {
@@ -94,7 +98,7 @@ class FrozenExperts(MoLoraConfig):
 CONFIG: type[MoLoraConfig] = FrozenExperts if EXPERTS == "frozen" else MoLoraConfig
 
 
-def values_for(names: tuple[str, ...], module: str, test: str) -> list[Any] | None:
+def values_for(names: tuple[str, ...], module: str, test: str, holder: str) -> list[Any] | None:
     """Our list for one ``parametrize``, None where it is not about methods."""
     extra: dict[str, Any] = STATIC if any(word in test for word in STATIC_TESTS) else {}
 
@@ -104,9 +108,8 @@ def values_for(names: tuple[str, ...], module: str, test: str) -> list[Any] | No
 
     match names:
         case ("config_cls", "config_kwargs"):
-            return [
-                pytest.param(CONFIG, {"task_type": TASKS[module], "target_modules": None, **extra}, id="m")
-            ]
+            task = TASKS_OF_CLASSES.get(holder) or TASKS[module]
+            return [pytest.param(CONFIG, {"task_type": task, "target_modules": None, **extra}, id="m")]
         case ("test_name", "model_id", "config_cls", "config_kwargs"):
             return [
                 pytest.param(name, model, CONFIG, {**fields, **extra}, id=name)
@@ -189,7 +192,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
         stripped = tuple(name.strip() for name in names)
-        values = values_for(stripped, metafunc.module.__name__.rpartition(".")[2], metafunc.function.__name__)
+        module, holder = metafunc.module.__name__.rpartition(".")[2], getattr(metafunc.cls, "__name__", "")
+        values = values_for(stripped, module, metafunc.function.__name__, holder)
         if values is not None:
             marks[index] = pytest.mark.parametrize(stripped, values).mark
 

@@ -65,7 +65,7 @@ def test_the_trainer_adds_exactly_the_auxiliary_gradient(
     without = trained_gradients(kind, zoo.mixture("llama", routing), data, tmp_path, **settings)
     model = zoo.mixture("llama", routing, **WEIGHTS)
     with_losses = trained_gradients(kind, model, data, tmp_path, **settings)
-    assert model.get_base_model().is_activation_checkpointing == bool(checkpointing)
+    assert model.get_base_model().is_gradient_checkpointing == bool(checkpointing)
 
     fresh = zoo.mixture("llama", routing, **WEIGHTS).train()
     batches = batches_of(data, 4 // accumulation)

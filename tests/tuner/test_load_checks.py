@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from support.batches import batch_for, logits_of, texts
+from support.versions import transformers_own_loading
 from support.zoo import Zoo
 from torch import Tensor
 
@@ -79,6 +80,7 @@ def test_a_lost_shared_router_is_refused(zoo: Zoo, routing: str, tmp_path: Path)
         PeftModel.from_pretrained(zoo.base("llama"), folder)
 
 
+@transformers_own_loading
 def test_transformers_own_loading_is_checked_before_the_first_pass(zoo: Zoo, tmp_path: Path) -> None:
     model = zoo.base("llama")
     model.load_adapter(damaged(zoo, tmp_path, flip))

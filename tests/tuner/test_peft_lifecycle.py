@@ -22,6 +22,7 @@ from support.adapters import Recipe, make_adapter
 from support.bases import make_base
 from support.batches import batch_for, labels_for, logits_of, texts
 from support.routing import ROUTINGS, choose, routers, set_routers
+from support.versions import transformers_own_loading
 from support.zoo import Zoo
 from transformers import AutoModelForCausalLM
 
@@ -80,6 +81,7 @@ def test_from_pretrained_by_the_auto_class(zoo: Zoo, routing: str, tmp_path: Pat
     assert torch.equal(logits_of(loaded, BATCH), logits_of(model, BATCH))
 
 
+@transformers_own_loading
 @pytest.mark.parametrize("way", ["load_adapter", "auto"])
 @pytest.mark.parametrize("routing", PLACES)
 def test_transformers_own_loading(zoo: Zoo, routing: str, way: str, tmp_path: Path) -> None:
@@ -101,6 +103,7 @@ def test_transformers_own_loading(zoo: Zoo, routing: str, way: str, tmp_path: Pa
     assert torch.equal(logits_of(loaded, BATCH), bare)
 
 
+@transformers_own_loading
 def test_transformers_own_loading_of_bf16_experts_keeps_their_dtype(zoo: Zoo, tmp_path: Path) -> None:
     from support.adapters import RECIPES
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import TaskType
 from peft.utils import CONFIG_NAME, PeftType
 
 from ...errors import PeftMoeError
@@ -137,6 +138,21 @@ class MoLoraConfig(MixtureFields):
         """
         check_base_on_hub(self)
         return super().push_to_hub(*args, **kwargs)
+
+    def own_copy(self) -> MoLoraConfig:
+        """Return a config that can be written to; this one stays as it is."""
+        own = copy.copy(self)
+        own.modules_to_save = copy.copy(self.modules_to_save)
+        return own
+
+    def follow_head_of(self, original: MoLoraConfig) -> None:
+        """Share the list of saved modules with the caller's config, for two tasks.
+
+        PEFT adds the head's modules to the caller's list once the injection is over, and looks for them in
+        this config's list. So both hold one list, which PEFT extends in place.
+        """
+        if self is not original and self.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            self.modules_to_save = original.modules_to_save = list(original.modules_to_save or [])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; sets are sorted, so that the file's bytes do not depend on hashing."""

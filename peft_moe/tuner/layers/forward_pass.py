@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from ...errors import PeftMoeError
 from ...routers.losses import active_losses
@@ -123,16 +124,18 @@ class ForwardPass:
         self, adapter: str, config: MoLoraConfig, call: dict[str, Any], context: RoutingContext
     ) -> None:
         """Find the decisions of an earlier call that this one continues."""
-        runs, past = config.router_granularity == "running", past_length(call)
+        runs, cache, past = config.router_granularity == "running", cache_of(call), past_length(call)
         generation = context.generation
-        if generation is not None and adapter in generation.decisions and past == 0 and not runs:
+        # An architecture's own cache has no room for the decision, which the generation then keeps.
+        alone = past == 0 or not isinstance(cache, Cache)
+        if generation is not None and adapter in generation.decisions and alone and not runs:
             context.cached_decisions[adapter] = generation.decisions[adapter]
             return
         if context.prompt is not None and (past == 0 or not runs):
             return  # the caller marks a prompt: a new turn, a new decision
         if past == 0:
             return
-        cached = find_routing(cache_of(call), adapter)
+        cached = find_routing(cache, adapter)
         if cached is None or cached.decisions is None:
             raise PeftMoeError(
                 f"adapter {adapter!r} decides once per prompt, and this KV cache holds no decision of "

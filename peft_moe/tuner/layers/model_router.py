@@ -135,7 +135,7 @@ class ModelRouter(SharedRouter):
             tap = self.taps.get(adapter)
             if tap is None or tap.layer is not layer or tap.below == "probe":
                 continue
-            if adapter in context.model_decisions:
+            if adapter in context.model_decisions and adapter not in context.retake:
                 continue
             router = self._router(adapter)
             if tap.below == "base":

@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from ...errors import PeftMoeError
 from ...routing.context import RoutingContext, bound_to
-from ...routing.model_call import CACHES, past_length
+from ...routing.model_call import CACHES, cache_of, carries_past, is_static, past_length
 from .tap import Tap
 
-# Arguments that belong to losses, caches and outputs, not to the base's hidden states.
+# Arguments that belong to losses and outputs, not to the base's hidden states.
 _NOT_FOR_THE_PROBE = {
     "labels",
-    *CACHES,
     "use_cache",
     "logits_to_keep",
     "num_items_in_batch",
@@ -58,13 +57,13 @@ def run_probe(
     arguments = {
         name: value
         for name, value in call.items()
-        if name not in _NOT_FOR_THE_PROBE and (name in accepted or (passed_on and name not in own))
+        if not (name in _NOT_FOR_THE_PROBE or name in CACHES or carries_past(name, value))
+        and (name in accepted or (passed_on and name not in own))
     }
-    if isinstance(call.get("past_key_values"), Cache) and call["past_key_values"].is_compileable:
+    if is_static(cache_of(call)):
         arguments = _without_static_cache(arguments, call, cache)
     if cache is not None:
-        name = next((name for name in CACHES if name in accepted), CACHES[0])
-        arguments.update({name: cache, "use_cache": True})
+        arguments.update({_cache_name(backbone): cache, "use_cache": True})
     probing = RoutingContext(shape=context.shape, real=context.real, probing=True, probe_until=tap.layer)
     with torch.no_grad(), bound_to(probing):
         try:
@@ -73,6 +72,19 @@ def run_probe(
             hidden_BTI: Tensor = reached.args[0]
             return hidden_BTI
     raise PeftMoeError(f"the base never called {tap.name}, which router_tap names; choose another layer")
+
+
+def _cache_name(backbone: nn.Module) -> str:
+    # A cache under a name that the base does not read would be lost in silence.
+    accepted = inspect.signature(backbone.forward).parameters
+    for name in CACHES:
+        if name in accepted:
+            return name
+    raise PeftMoeError(
+        f"{type(backbone).__name__} takes its cache under none of the names {', '.join(CACHES)}, so that "
+        "router_below_tap='probe' cannot keep one per token; use router_granularity='sequence', "
+        "router_below_tap='base', or use_cache=False"
+    )
 
 
 def _without_static_cache(
