@@ -225,16 +225,16 @@ def check_form(name: str, given: MixInputs, m: Any, bound: float, train: bool) -
     what = f"{name} {str(m.x.dtype)[6:]} T{len(m.x)} E{len(m.ranks.ranks)} {'train' if train else 'forward'}"
     try:
         out = BACKENDS[name].mix(given)
-        errors = [distance(out, m.wanted())]
+        errors = [distance(out, m.expected())]
         if train:
             direction = torch.randn_like(out)
             found = torch.autograd.grad(out, (given.x, given.weights), direction)
-            wanted_dx, wanted_dw = m.wanted_gradients(direction)
+            expected_dx, expected_dw = m.expected_gradients(direction)
             absent = m.ids.cpu() == len(m.ranks.ranks)
             errors += [
-                distance(found[0], wanted_dx),
+                distance(found[0], expected_dx),
                 distance(
-                    found[1].masked_fill(absent.to(found[1].device), 0), wanted_dw.masked_fill(absent, 0)
+                    found[1].masked_fill(absent.to(found[1].device), 0), expected_dw.masked_fill(absent, 0)
                 ),
             ]
         return [] if max(errors) <= bound else [f"{what} off by {max(errors):.1e}"]

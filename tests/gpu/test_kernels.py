@@ -42,7 +42,7 @@ def test_forward(backend, tokens, width, out, ranks, chosen, dtype):
         m = draw_mixture(16, width, out, ranks, chosen, dtype=dtype, device="cuda")
     skip_unless_served(m, backend)
     with torch.no_grad(), poisoned():
-        assert distance(call(m, backend), m.wanted()) <= BOUNDS[dtype]
+        assert distance(call(m, backend), m.expected()) <= BOUNDS[dtype]
 
 
 def skip_unless_served(m: Mixture, backend: str, trains: bool = False) -> None:
@@ -65,12 +65,12 @@ def test_gradients(backend, tokens, width, out, ranks, chosen, dtype):
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
     direction = torch.randn(tokens, out, device="cuda").to(dtype)
     with poisoned():
-        found = torch.autograd.grad(call(m, backend, **leaves), list(leaves.values()), direction)
-    wanted_dx, wanted_dw = m.wanted_gradients(direction)
-    assert distance(found[0], wanted_dx) <= BOUNDS[dtype]
+        gradients = torch.autograd.grad(call(m, backend, **leaves), list(leaves.values()), direction)
+    expected_dx, expected_dw = m.expected_gradients(direction)
+    assert distance(gradients[0], expected_dx) <= BOUNDS[dtype]
     absent = m.ids.cpu() == len(ranks)
-    assert distance(found[1], wanted_dw.masked_fill(absent, 0.0)) <= BOUNDS[dtype]
-    assert torch.equal(found[2], direction)
+    assert distance(gradients[1], expected_dw.masked_fill(absent, 0.0)) <= BOUNDS[dtype]
+    assert torch.equal(gradients[2], direction)
 
 
 @pytest.mark.parametrize("rows", [200, 1])
@@ -79,15 +79,15 @@ def test_dense_gates(rows):
     gates = torch.randn(rows, 8, device="cuda", requires_grad=True)
     x = m.x.clone().requires_grad_()
     out = mix(x, m.a, m.b, gates, m.ranks, m.base, backend="triton_stacked")
-    assert distance(out, m.wanted(gates)) <= BOUNDS[torch.bfloat16]
+    assert distance(out, m.expected(gates)) <= BOUNDS[torch.bfloat16]
     direction = torch.randn_like(out)
-    found = torch.autograd.grad(out, (x, gates), direction)
-    for one, other in zip(found, m.wanted_gradients(direction, gates), strict=True):
-        assert distance(one, other) <= BOUNDS[torch.bfloat16]
+    gradients = torch.autograd.grad(out, (x, gates), direction)
+    for gradient, exact in zip(gradients, m.expected_gradients(direction, gates), strict=True):
+        assert distance(gradient, exact) <= BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("backend", TRITON)
-def test_a_token_gets_the_same_bits_in_any_company(backend):
+def test_a_token_gets_the_same_bits_in_any_batch(backend):
     m = draw_mixture(48, 256, 384, (16,) * 8, 2, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         out = call(m, backend)
@@ -141,7 +141,7 @@ def test_a_decode_step_in_a_cuda_graph_follows_new_choices(backend):
     graph.replay()
     torch.cuda.synchronize()
     assert not torch.equal(m.ids.cpu(), draw_mixture(4, 256, 384, (16,) * 8, 2).ids)
-    assert distance(out, m.wanted()) <= BOUNDS[torch.bfloat16]
+    assert distance(out, m.expected()) <= BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("sizes", [(0, 24, 0, 8), (32, 0, 0, 0), (0, 0, 0, 32), (8, 8, 8, 8)])
@@ -155,9 +155,9 @@ def test_torch_grouped_product_with_empty_groups(sizes):
     out = torch._grouped_mm(x, w, offs=ends)
     dx, dw = torch.autograd.grad(out, (x, w), direction)
     starts = [0, *ends.tolist()]
-    wide_x, wide_w, wide_d = (t.detach().double().cpu() for t in (x, w, direction))
+    fp64_x, fp64_w, fp64_d = (t.detach().double().cpu() for t in (x, w, direction))
     parts = [slice(a, b) for a, b in pairwise(starts)]
-    wanted = torch.cat([wide_x[p] @ wide_w[g] for g, p in enumerate(parts)])
-    assert distance(out, wanted) <= 4e-3
-    assert distance(dx, torch.cat([wide_d[p] @ wide_w[g].T for g, p in enumerate(parts)])) <= 4e-3
-    assert distance(dw, torch.stack([wide_x[p].T @ wide_d[p] for p in parts])) <= 4e-3
+    expected = torch.cat([fp64_x[p] @ fp64_w[g] for g, p in enumerate(parts)])
+    assert distance(out, expected) <= 4e-3
+    assert distance(dx, torch.cat([fp64_d[p] @ fp64_w[g].T for g, p in enumerate(parts)])) <= 4e-3
+    assert distance(dw, torch.stack([fp64_x[p].T @ fp64_d[p] for p in parts])) <= 4e-3

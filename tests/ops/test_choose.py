@@ -1,4 +1,4 @@
-"""Which form is chosen: a pure function of a call's sizes and of what is known of the device."""
+"""The choice of a backend is a pure function of a call's sizes and of the device's constants."""
 
 from __future__ import annotations
 
@@ -25,24 +25,29 @@ MICRO = 1e-6
 
 
 def spec(tokens=512, experts=8, rank=16, chosen=2, size=1024, **changes):
-    known = {"device": "cpu", "trains": frozenset(), "compiling": False, "one_row": False, "dtype": BF16}
+    defaults = {"device": "cpu", "trains": frozenset(), "compiling": False, "one_row": False, "dtype": BF16}
     width, out = size if isinstance(size, tuple) else (size, size)
     ranks = RankMap((rank,) * experts, (1.0,) * experts)
     return CallSpec(
-        tokens=tokens, in_features=width, out_features=out, ranks=ranks, chosen=chosen, **{**known, **changes}
+        tokens=tokens,
+        in_features=width,
+        out_features=out,
+        ranks=ranks,
+        chosen=chosen,
+        **{**defaults, **changes},
     )
 
 
 @pytest.fixture
 def h100(monkeypatch):
-    """What a machine with that GPU would choose."""
+    """Make the package choose as on a machine with that GPU."""
     monkeypatch.setattr(triton_backends, "_missing", lambda: None)
     monkeypatch.setattr(constants_file, "_gpu", lambda: H100)
     monkeypatch.setattr("peft_moe.ops.backends.grouped._has_kernel", lambda: True)
 
 
 class TestOnACpu:
-    # Which of the two was clearly faster on a Zen 5 core, one thread, top-2 forward.
+    # The backend that was clearly faster on one thread of a Zen 5 core, in a top-2 forward pass.
     @pytest.mark.parametrize(
         ("size", "tokens", "experts", "rank", "faster"),
         [
@@ -57,10 +62,10 @@ class TestOnACpu:
             (1024, 2048, 32, 16, "grouped"),
         ],
     )
-    def test_the_faster_form_as_measured(self, size, tokens, experts, rank, faster):
+    def test_the_faster_backend_as_measured(self, size, tokens, experts, rank, faster):
         assert choose(spec(tokens, experts, rank, size=size)).backend.name == faster
 
-    def test_float32_changes_over_earlier(self):
+    def test_float32_switches_to_grouped_earlier(self):
         at_128 = [choose(spec(512, 8, 16, dtype=dtype)).backend.name for dtype in (BF16, torch.float32)]
         assert at_128 == ["stacked", "grouped"]
 
@@ -68,8 +73,8 @@ class TestOnACpu:
     def test_one_token_reads_its_experts_only(self, experts, rank):
         assert choose(spec(1, experts, rank)).backend.name == "gather"
 
-    def test_nobody_copies_experts_for_each_of_many_tokens(self):
-        # Where nothing sparse can serve but copies of slabs, a gigabyte of them, all experts do.
+    def test_gather_never_serves_many_tokens(self):
+        # Only gather is left of the sparse backends, and it would copy a gigabyte of slabs.
         choice = choose(spec(2048, 128, 64, compiling=True))
         assert choice.costs["gather"] == NEVER_CHEAPEST
 
@@ -104,7 +109,7 @@ class TestOverride:
             ("triton_sorted", {}, "on cpu"),
         ],
     )
-    def test_what_cannot_be_met_raises(self, name, call, reason):
+    def test_a_backend_that_cannot_serve_raises(self, name, call, reason):
         with pytest.raises(PeftMoeError, match=f"backend='{name}'.*{reason}.*backend='auto'"):
             choose(spec(**call), name)
 
@@ -114,15 +119,15 @@ class TestOverride:
 
     def test_the_choice_explains_itself(self, caplog):
         with caplog.at_level(logging.DEBUG, logger="peft_moe.ops.choose"):
-            told = choose(spec(one_row=False)).explain()
-        assert re.search(r"stacked: cheapest by the model\n  stacked: \d+\.\d us predicted", told)
-        assert "folded: not here, its gates differ" in told
+            explanation = choose(spec(one_row=False)).explain()
+        assert re.search(r"stacked: cheapest by the model\n  stacked: \d+\.\d us predicted", explanation)
+        assert "folded: not here, its gates differ" in explanation
         assert "512 tokens" in caplog.text
 
 
 class TestOnAnH100:
     def rows(self):
-        """Rows of the measured table: call, tokens, experts, rank, base in s, and seconds added by each."""
+        """Yield the rows of the measured table: call, tokens, experts, rank, seconds added by each method."""
         text = PAGE.read_text(encoding="utf-8")
         lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
         heads, _, *body = [[cell.strip() for cell in line] for line in lines]
@@ -138,10 +143,10 @@ class TestOnAnH100:
             yield cells["call"], int(cells["T"]), experts, rank, added
 
     def lora(self, tokens, rank, size=4096):
-        """One eager LoRA by the constants: two products, then a pass to scale and a pass to add."""
-        known = SHIPPED[H100, "bfloat16"]
-        arithmetic, row = 2 * tokens * rank * size / known.flops, 2 * tokens * size / known.bandwidth
-        factor = 2 * rank * size / known.bandwidth
+        """Predict one eager LoRA from the constants: two products, a pass to scale and a pass to add."""
+        constants = SHIPPED[H100, "bfloat16"]
+        arithmetic, row = 2 * tokens * rank * size / constants.flops, 2 * tokens * size / constants.bandwidth
+        factor = 2 * rank * size / constants.bandwidth
         return 2 * max(arithmetic, row + factor) + 2 * row + 3 * row + 4 * 3.4 * MICRO
 
     def test_the_constants_give_the_measured_loras(self):
@@ -150,7 +155,7 @@ class TestOnAnH100:
             if call == "train":
                 continue
             for name, total in (("LoRA r", rank), ("LoRA k·r", 2 * rank), ("LoRA E·r", experts * rank)):
-                # A call of some ten microseconds of launches; long ones are bound by what was measured.
+                # A short call is some ten microseconds of launches; a long one follows the measured rates.
                 close = 0.1 if tokens == 4096 else 0.25
                 assert self.lora(tokens, total) == pytest.approx(added[name], rel=close), (tokens, name)
                 seen += 1
@@ -167,7 +172,7 @@ class TestOnAnH100:
             if name in TRITON:
                 measured = added[name.replace("triton_", "Triton ")]
                 assert choice.costs[name] == pytest.approx(measured, rel=0.1)
-                # Torch's forms were not timed there. Not even at the measured rates could they be as fast.
+                # Torch's backends were not timed there; even at the measured rates they would be slower.
                 assert measured < min(c for n, c in choice.costs.items() if n not in TRITON)
                 assert measured < added["LoRA E·r"]
         kernels = {at: name for at, name in chosen.items() if name in TRITON}
@@ -178,7 +183,7 @@ class TestOnAnH100:
         "call",
         [
             {"tokens": 2048},  # not timed
-            {"trains": frozenset({"gates"})},  # timed, and lost
+            {"trains": frozenset({"gates"})},  # timed, and slower
             {"dtype": torch.float16},  # not timed
         ],
     )
@@ -196,7 +201,7 @@ class TestOnAnH100:
         assert choose(call).backend.name not in TRITON
 
 
-def test_dtypes_and_devices_that_nobody_measured_get_the_like():
+def test_unmeasured_dtypes_and_devices_get_similar_constants():
     assert constants_for("cpu", torch.float16) == SHIPPED["cpu", "float32"]
     assert constants_for("xpu", BF16) == SHIPPED["cpu", "float32"]
 
@@ -204,8 +209,9 @@ def test_dtypes_and_devices_that_nobody_measured_get_the_like():
 def test_every_entry_says_where_it_comes_from():
     text = DEVICES.read_text(encoding="utf-8")
     assert all(entry["source"] for entry in json.loads(text).values())
-    for known in read_devices(text).values():
-        rates = (known.flops, known.bandwidth, known.weight_bandwidth)
+    for constants in read_devices(text).values():
+        rates = (constants.flops, constants.bandwidth, constants.weight_bandwidth)
         assert all(rate > 1e9 for rate in rates)
-        assert all(0 <= cost < 1e-3 for cost in (known.per_rank, known.launch, known.segment, known.sort))
-        assert set(known.kernels) <= set(TRITON)
+        fixed_costs = (constants.per_rank, constants.launch, constants.segment, constants.sort)
+        assert all(0 <= cost < 1e-3 for cost in fixed_costs)
+        assert set(constants.kernels) <= set(TRITON)

@@ -1,4 +1,4 @@
-"""The fast form of a mixture against the plain loop: forward, gradients, odd shapes, dtypes."""
+"""The stacked backend equals the reference loop: forward, gradients, odd shapes, dtypes; and the rank map."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ def test_stacked_equals_reference_forward_and_gradients(tokens, width, out, rank
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-12)
     direction = torch.linspace(-1, 1, max(results[0].numel(), 1), dtype=torch.float64)
     direction = direction[: results[0].numel()].view_as(results[0])
-    wanted, found = (
+    expected, actual = (
         torch.autograd.grad(r, tensors, direction, allow_unused=True, materialize_grads=True) for r in results
     )
-    for name, one, other in zip(["x", "A", "B", "gates", "base"], wanted, found, strict=True):
-        torch.testing.assert_close(other, one, atol=1e-12, rtol=1e-12, msg=lambda m, n=name: f"d{n}: {m}")
+    for name, exact, gradient in zip(["x", "A", "B", "gates", "base"], expected, actual, strict=True):
+        torch.testing.assert_close(
+            gradient, exact, atol=1e-12, rtol=1e-12, msg=lambda m, n=name: f"d{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("op", [mix_reference, mix_stacked])
@@ -83,48 +85,48 @@ def test_any_shape(ranks, tokens, width, out, seed):
 
 def test_non_contiguous_inputs():
     (x, a, b, gates, base), ranks = problem(6, 5, 4, (2, 1))
-    wanted = run(mix_reference, (x, a, b, gates, base), ranks)
+    expected = run(mix_reference, (x, a, b, gates, base), ranks)
     twisted = [t.detach().T.contiguous().T for t in (x, a, b, gates, base)]
     assert not any(t.is_contiguous() for t in twisted)
-    torch.testing.assert_close(run(mix_stacked, twisted, ranks), wanted)
-    # Rows with a stride, as a slice of a packed batch has.
-    wide = torch.zeros(12, 5, dtype=torch.float64)
-    wide[::2] = x.detach()
-    torch.testing.assert_close(run(mix_stacked, [wide[::2], a, b, gates, base], ranks), wanted)
+    torch.testing.assert_close(run(mix_stacked, twisted, ranks), expected)
+    # A slice of a packed batch has rows with a stride.
+    packed = torch.zeros(12, 5, dtype=torch.float64)
+    packed[::2] = x.detach()
+    torch.testing.assert_close(run(mix_stacked, [packed[::2], a, b, gates, base], ranks), expected)
 
 
-# Relative to the largest entry. bf16 keeps 8 bits: each of x, h, gates, B and the sum rounds by at most
-# 2^-9, and the errors of a product of 5 such factors stay below 5·2^-9 ≈ 1e-2; fp16 is 8 times finer.
+# Relative to the largest entry. bf16 has 8 bits: x, h, gates, B and the sum are each rounded by at most 2^-9,
+# so that the error of a product of these 5 stays below 5·2^-9 ≈ 1e-2; fp16 is 8 times finer.
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 1.3e-3), (torch.float32, 2e-6)]
 )
 def test_narrow_dtypes_within_bounds(dtype, bound):
     tensors, ranks = problem(64, 48, 40, (8, 4, 8), dtype=dtype)
     x, a, b, gates, base = tensors
-    found = mix_stacked(x, a, b, gates.float(), ranks, base)
-    wanted = run(mix_reference, [t.detach().double() for t in tensors], ranks)
-    assert found.dtype == dtype
-    assert (found.double() - wanted).abs().max() <= bound * wanted.abs().max()
+    actual = mix_stacked(x, a, b, gates.float(), ranks, base)
+    expected = run(mix_reference, [t.detach().double() for t in tensors], ranks)
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).abs().max() <= bound * expected.abs().max()
 
 
 @pytest.mark.parametrize("experts", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_result_has_the_dtype_of_the_base(experts, base):
     (x, a, b, gates, out), ranks = problem(8, 6, 5, (2, 1), dtype=torch.float32)
-    found = mix_stacked(x.to(base), a.to(experts), b.to(experts), gates, ranks, out.to(base))
-    wanted = mix_reference(x, a, b, gates, ranks, out)
-    assert found.dtype == base
+    actual = mix_stacked(x.to(base), a.to(experts), b.to(experts), gates, ranks, out.to(base))
+    expected = mix_reference(x, a, b, gates, ranks, out)
+    assert actual.dtype == base
     bound = 1e-5 if experts == base == torch.float32 else 3e-2
-    assert (found.float() - wanted).abs().max() <= bound * wanted.abs().max()
+    assert (actual.float() - expected).abs().max() <= bound * expected.abs().max()
 
 
 def test_autocast_leaves_the_base_dtype():
     (x, a, b, gates, base), ranks = problem(8, 6, 5, (2, 1), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = mix_stacked(x, a, b, gates, ranks, base)
-    wanted = mix_reference(x, a, b, gates, ranks, base)
-    assert found.dtype == torch.float32
-    assert (found - wanted).abs().max() <= 3e-2 * wanted.abs().max()
+        actual = mix_stacked(x, a, b, gates, ranks, base)
+    expected = mix_reference(x, a, b, gates, ranks, base)
+    assert actual.dtype == torch.float32
+    assert (actual - expected).abs().max() <= 3e-2 * expected.abs().max()
 
 
 def test_zero_gates_give_the_base_bit_for_bit():
@@ -157,10 +159,10 @@ class TestRankMap:
         assert ranks.slices() == [slice(0, 2), slice(2, 2), slice(2, 5)]
         assert ranks.total == 5
 
-    @pytest.mark.parametrize(("ranks", "wanted"), [((1, 3), [2.0, 30, 30, 30]), ((2, 2), [2.0, 2, 30, 30])])
-    def test_expand(self, ranks, wanted):
+    @pytest.mark.parametrize(("ranks", "expected"), [((1, 3), [2.0, 30, 30, 30]), ((2, 2), [2.0, 2, 30, 30])])
+    def test_expand(self, ranks, expected):
         gates = torch.tensor([[1.0, 3.0]])
-        assert RankMap(ranks, (2.0, 10.0)).expand(gates).tolist() == [wanted]
+        assert RankMap(ranks, (2.0, 10.0)).expand(gates).tolist() == [expected]
 
     def test_lengths_must_agree(self):
         with pytest.raises(AssertionError):

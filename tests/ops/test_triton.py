@@ -1,4 +1,4 @@
-"""Triton's forms where there is no GPU: the kernels in the interpreter, and the reasons why not."""
+"""Triton's backends without a GPU: the kernels in the interpreter, and the reasons of refusals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def inputs(m, gates=None):
     sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton has wheels for linux x86_64"
 )
 def test_every_kernel_in_the_interpreter():
-    assert find_spec("triton") is not None, "the dev extra brings Triton here"
-    # Another process: whether kernels are interpreted is settled when they are imported.
+    assert find_spec("triton") is not None, "the dev extra installs Triton on this platform"
+    # In another process, because the interpreter must be chosen before the kernels are imported.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["TRITON_INTERPRET"] = "1"
@@ -55,7 +55,7 @@ class TestWithoutGpu:
 
 
 def on_cuda(m, *, gates=None, trains=(), **changes):
-    """What the chooser would be told of such a call on a GPU."""
+    """Return the spec of the same call on a GPU."""
     spec = call_spec_of(inputs(m, gates))
     return type(spec)(**{**vars(spec), "device": "cuda", "trains": frozenset(trains), **changes})
 
@@ -77,13 +77,13 @@ def on_cuda(m, *, gates=None, trains=(), **changes):
         ("triton_sorted", {"chosen": 17}, "up to 16"),
     ],
 )
-def test_what_a_gpu_could_not_serve(name, spec, reason):
+def test_calls_that_a_gpu_refuses(name, spec, reason):
     spec = dict(spec)
     m = draw_mixture(4, 16, 16, spec.pop("ranks", (4, 4)), 1)
     gates = m.dense if spec.pop("gates", False) else None
-    found = BACKENDS[name].supports(on_cuda(m, gates=gates, **spec))
-    assert found is not None
-    assert reason in found
+    refusal = BACKENDS[name].supports(on_cuda(m, gates=gates, **spec))
+    assert refusal is not None
+    assert reason in refusal
 
 
 @pytest.fixture

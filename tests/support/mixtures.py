@@ -1,4 +1,4 @@
-"""Mixtures on one layer with sparse decisions, and what the loop in float64 makes of them."""
+"""Random mixtures on one layer with sparse decisions, and their exact results in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_moe.ops import RankMap, mix_reference
 
 @dataclass
 class Mixture:
-    """MixInputs of one call. Ids hold E, "no expert", in places; ``dense`` are the same gates, [N, E]."""
+    """The inputs of one call. Some ids are E, "no expert"; ``dense`` holds the same gates as [N, E]."""
 
     x: Tensor
     a: Tensor
@@ -32,26 +32,26 @@ class Mixture:
         experts = len(self.ranks.ranks)
         return weights.new_zeros(len(self.ids), experts + 1).scatter(1, self.ids, weights)[:, :experts]
 
-    def wide(self) -> Mixture:
-        """The same numbers in float64 on the CPU."""
+    def fp64(self) -> Mixture:
+        """Return the same numbers in float64 on the CPU."""
         tensors = (self.x, self.a, self.b, self.base)
         x, a, b, base = (t.detach().double().cpu() for t in tensors)
         return Mixture(x, a, b, base, self.ids.cpu(), self.weights.detach().double().cpu(), self.ranks)
 
-    def wanted(self, gates: Tensor | None = None) -> Tensor:
-        """The output in float64, by the loop; of dense gates where they are given."""
-        own = self.wide()
-        gates = own.dense if gates is None else gates.detach().double().cpu()
-        return mix_reference(own.x, own.a, own.b, gates, own.ranks, own.base)
+    def expected(self, gates: Tensor | None = None) -> Tensor:
+        """Return the reference output in float64, with other dense gates if they are given."""
+        exact = self.fp64()
+        gates = exact.dense if gates is None else gates.detach().double().cpu()
+        return mix_reference(exact.x, exact.a, exact.b, gates, exact.ranks, exact.base)
 
-    def wanted_gradients(self, direction: Tensor, gates: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Of the input, and of the chosen weights (or of the dense gates), in float64."""
-        own = self.wide()
-        leaf = (own.weights if gates is None else gates.detach().double().cpu()).requires_grad_()
-        own.x.requires_grad_()
-        dense = own.spread(leaf) if gates is None else leaf
-        out = mix_reference(own.x, own.a, own.b, dense, own.ranks, own.base)
-        dx, dgates = torch.autograd.grad(out, (own.x, leaf), direction.double().cpu())
+    def expected_gradients(self, direction: Tensor, gates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the float64 gradients of the input and of the chosen weights, or of the dense gates."""
+        exact = self.fp64()
+        leaf = (exact.weights if gates is None else gates.detach().double().cpu()).requires_grad_()
+        exact.x.requires_grad_()
+        dense = exact.spread(leaf) if gates is None else leaf
+        out = mix_reference(exact.x, exact.a, exact.b, dense, exact.ranks, exact.base)
+        dx, dgates = torch.autograd.grad(out, (exact.x, leaf), direction.double().cpu())
         return dx, dgates
 
 
@@ -64,18 +64,18 @@ def draw_mixture(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    none: bool = True,
+    with_null: bool = True,
     among: int | None = None,
     seed: int = 0,
 ) -> Mixture:
-    """Random operands.
+    """Draw the inputs of a random mixture.
 
     Args:
         tokens, width, out, ranks, chosen: N, I, O, r_e, K.
-        dtype, device: of all but the ids; the gates are float32 in any case.
-        none: some places choose no expert.
-        among: only the first so many experts are ever chosen.
-        seed: of the numbers.
+        dtype, device: of all tensors but the ids; the gates are always float32.
+        with_null: whether some ids are "no expert".
+        among: if given, only the first ``among`` experts are chosen.
+        seed: seed of the numbers.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,9 +86,9 @@ def draw_mixture(
     scores = torch.randn(tokens, experts, generator=generator)
     scores[:, experts if among is None else among :] = -1e9
     weights, ids = scores.softmax(-1).topk(chosen)
-    if none:
+    if with_null:
         absent = torch.rand(tokens, chosen, generator=generator) < 0.15
-        # One place per token at most: ids are distinct.
+        # At most one per token, because ids are distinct.
         absent &= absent.cumsum(1) == 1
         ids, weights = ids.masked_fill(absent, experts), weights.masked_fill(absent, 0.0)
     scaling = tuple(0.5 + 0.25 * (e % 5) for e in range(experts))
@@ -105,7 +105,7 @@ def draw_mixture(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New memory holds NaN, and integers that are far out of range, until something writes to it."""
+    """Fill new memory with NaN, or with integers far out of range, until something writes to it."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -114,11 +114,11 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, relative to the largest entry that is wanted; NaN and infinity are far away."""
-    found = found.detach().double().cpu()
-    if not bool(torch.isfinite(found).all()):
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest expected entry; infinity if one is not finite."""
+    actual = actual.detach().double().cpu()
+    if not bool(torch.isfinite(actual).all()):
         return float("inf")
-    if wanted.numel() == 0 or not bool(wanted.any()):
-        return float(found.abs().max()) if found.numel() else 0.0
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    if expected.numel() == 0 or not bool(expected.any()):
+        return float(actual.abs().max()) if actual.numel() else 0.0
+    return float((actual - expected).abs().max() / expected.abs().max())
