@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft_moe.cli.routers import as_markdown, catalogue
+from peft_moe.cli.commands.routers import as_markdown, catalogue
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "ROUTERS.md"

@@ -1,1 +1,1 @@
-"""The face: the commands of ``peft-moe``, the terminal, and the embedded demo."""
+"""The command line ``peft-moe``: its commands, one file per subject, and the embedded demo."""

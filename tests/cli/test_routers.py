@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from peft_moe import Scorer, register_router
+from peft_moe.cli.commands.routers import as_markdown, catalogue
 from peft_moe.cli.main import app
-from peft_moe.cli.routers import as_markdown, catalogue
 from peft_moe.routers import PRESETS, available_scorers
 
 PAGE = Path(__file__).parents[2] / "ROUTERS.md"

@@ -92,7 +92,7 @@ def test_the_whole_path(place, tmp_path):
     assert not (place / "mix.extracted").exists()  # nothing was done yet
     code, said = run("mix", path, "--out", tmp_path / "mix")
     assert code == 0, said
-    assert "Kept:" in said
+    assert "Saved:" in said
     model = PeftModel.from_pretrained(load_base(str(place / "base")), str(tmp_path / "mix")).eval()
     config = model.peft_config["default"]
     assert config.expert_names == ["sums", "poems", "code"]

@@ -1,1 +1,1 @@
-"""Commands of ``peft-moe``, one file each."""
+"""The commands of ``peft-moe``, one file per subject."""

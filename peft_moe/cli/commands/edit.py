@@ -1,4 +1,8 @@
-"""``peft-moe add-expert`` and its like: a saved mixture is edited into a new folder, without the base."""
+"""The commands that edit a saved mixture into a new folder, without loading its base.
+
+They are ``peft-moe add-expert``, ``remove-expert``, ``replace-expert``, ``rename-expert`` and
+``reorder-experts``.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import wide_console
+from ..console import print_lines
 
-Mixture = Annotated[Path, typer.Argument(help="Folder of a saved mixture; it stays as it is.")]
-Name = Annotated[str, typer.Argument(help="The expert.")]
+Mixture = Annotated[Path, typer.Argument(help="Folder of a saved mixture; it is not changed.")]
+Name = Annotated[str, typer.Argument(help="Name of the expert.")]
 Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of a trained LoRA adapter of the same base.")]
-Out = Annotated[Path, typer.Option(help="Folder to write.")]
-Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base, if the mixture's is not here.")]
+Out = Annotated[Path, typer.Option(help="Folder to write the edited mixture to.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id of the base. Default: as in the mixture's config."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")]
-Mismatch = Annotated[bool, typer.Option(help="Accept an adapter that names another base.")]
+Mismatch = Annotated[bool, typer.Option(help="Accept an adapter whose config names another base.")]
 
 
 def add_expert(
@@ -25,15 +32,16 @@ def add_expert(
     adapter: Adapter,
     out: Out,
     init: Annotated[
-        str | None, typer.Option(help="How its router row starts: mean (of the others) or zero (no mass).")
+        str | None,
+        typer.Option(help="First value of its router row: mean (of the other rows) or zero (no weight)."),
     ] = None,
     base: Base = None,
     allow_base_mismatch: Mismatch = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put one more adapter into a saved mixture.
+    """Add an adapter to a saved mixture as a new expert.
 
-    Rows from data (centroid, fit, refit) need the base: see peft_moe.editing.add_expert.
+    Router rows computed from data (centroid, fit, refit) need the base: see peft_moe.editing.add_expert.
     """
     from ... import editing
 
@@ -52,7 +60,7 @@ def replace_expert(
     allow_base_mismatch: Mismatch = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put another adapter in an expert's place; it takes over the router row."""
+    """Replace an expert by another adapter, which keeps the expert's router row."""
     from ... import editing
 
     def edit(model: Any) -> editing.Edited:
@@ -64,7 +72,7 @@ def replace_expert(
 def remove_expert(
     mixture: Mixture, name: Name, out: Out, base: Base = None, overwrite: Overwrite = False
 ) -> None:
-    """Take an expert out of a saved mixture, and its router row."""
+    """Remove an expert and its router row from a saved mixture."""
     from ... import editing
 
     _edit(mixture, out, lambda model: editing.remove_expert(model, name), base, overwrite)
@@ -73,12 +81,12 @@ def remove_expert(
 def rename_expert(
     mixture: Mixture,
     name: Name,
-    new_name: Annotated[str, typer.Argument(help="What it is called from now on.")],
+    new_name: Annotated[str, typer.Argument(help="New name of the expert.")],
     out: Out,
     base: Base = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Call an expert of a saved mixture something else."""
+    """Rename an expert of a saved mixture."""
     from ... import editing
 
     _edit(mixture, out, lambda model: editing.rename_expert(model, name, new_name), base, overwrite)
@@ -86,12 +94,12 @@ def rename_expert(
 
 def reorder_experts(
     mixture: Mixture,
-    names: Annotated[list[str], typer.Argument(help="Each expert once, in the order wanted.")],
+    names: Annotated[list[str], typer.Argument(help="Every expert once, in the new order.")],
     out: Out,
     base: Base = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put the experts of a saved mixture into another order."""
+    """Change the order of the experts of a saved mixture."""
     from ... import editing
 
     _edit(mixture, out, lambda model: editing.reorder_experts(model, names), base, overwrite)
@@ -101,8 +109,7 @@ def _edit(mixture: Path, out: Path, edit: Callable[[Any], Any], base: str | None
     from ...editing.on_disk import edit_saved
 
     done = edit_saved(mixture, out, edit, base=base, overwrite=overwrite)
-    console = wide_console()
-    console.print(f"Kept: {out}. Its experts: {', '.join(done.experts)}", highlight=False)
-    for word, modules in (("now adapts", done.injected), ("no longer adapts", done.dropped)):
+    print_lines([f"Saved: {out}. Its experts: {', '.join(done.experts)}"])
+    for verb, modules in (("now adapts", done.injected), ("no longer adapts", done.dropped)):
         if modules:
-            console.print(f"It {word} {len(modules)} modules, such as {modules[0]}", highlight=False)
+            print_lines([f"It {verb} {len(modules)} modules, for example {modules[0]}"])

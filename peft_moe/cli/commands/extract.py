@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
+from typer import Option
 
 from ...errors import PeftMoeError
-from ..console import wide_console
+from ..console import print_json, print_lines, wide_console
 
 
 def extract(
-    base: Annotated[str, typer.Option(help="Folder or Hub id of the base that the model was trained from.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of the full fine-tuned model.")],
-    out: Annotated[Path, typer.Option(help="Folder of the adapter to write.")],
-    rank: Annotated[int | None, typer.Option(help="The same rank in every layer.", min=1)] = None,
+    base: Annotated[str, Option(help="Folder or Hub id of the base that the model was trained from.")],
+    model: Annotated[str, Option(help="Folder or Hub id of the fully fine-tuned model.")],
+    out: Annotated[Path, Option(help="Folder to write the adapter to.")],
+    rank: Annotated[int | None, Option(help="Use this rank in every layer.", min=1)] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Instead: the fewest ranks that keep this share of ‖ΔW‖², as 0.95.")
+        float | None,
+        Option(help="Use in each layer the smallest rank that keeps this share of ‖ΔW‖², such as 0.95."),
     ] = None,
-    max_rank: Annotated[int, typer.Option(help="Never more than so many ranks in a layer.", min=1)] = 64,
+    max_rank: Annotated[int, Option(help="Largest rank of a layer.", min=1)] = 64,
     dense: Annotated[
-        bool, typer.Option("--dense", help="Instead: all of each layer's change, exactly.")
+        bool, Option("--dense", help="Keep the exact change of each layer instead of a low rank.")
     ] = False,
     target_modules: Annotated[
-        str, typer.Option(help="Linear layers to take, as 'q_proj,v_proj'. Default: all but the head.")
+        str, Option(help="Linear layers to extract, such as 'q_proj,v_proj'. Default: all but the LM head.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="Of the factors: float32, bfloat16, float16, auto.")] = "auto",
+    dtype: Annotated[str, Option(help="Dtype of the factors: float32, bfloat16, float16 or auto.")] = "auto",
     calibration: Annotated[
         Path | None,
-        typer.Option(help=".jsonl of texts: adds each layer's output error and the KL of the logits."),
+        Option(help=".jsonl of texts; adds each layer's output error and the logits' KL to the report."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the decompositions run.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    device: Annotated[str, Option(help="Device that runs the decompositions.")] = "cpu",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Make a LoRA adapter of what a full fine-tuned model learnt, by SVD of the weights' difference.
+    """Extract a LoRA adapter from a fully fine-tuned model, by SVD of its weights' difference from the base.
 
-    Without --rank or --energy each layer keeps the singular values that stand out of its noise (Gavish and
-    Donoho), which finds a merged LoRA's rank again.
+    Without --rank or --energy each layer keeps the singular values that stand out from its noise (Gavish and
+    Donoho). This recovers the rank of a merged LoRA.
     """
     from ...experts.extraction.extract import extract_adapter
 
@@ -60,20 +59,17 @@ def extract(
         progress=not as_json,
     )
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
+        print_json(report.to_dict())
         return
-    console: Console = wide_console()
-    console.print(report.table())
-    for line in report.summary():
-        console.print(line, highlight=False)
-    console.print(f"Kept: {out}, an ordinary PEFT adapter ({report.seconds:.0f} s).")
+    wide_console().print(report.table())
+    print_lines([*report.summary(), f"Saved: {out}, an ordinary PEFT adapter ({report.seconds:.0f} s)."])
 
 
 def read_texts(path: Path) -> list[str]:
-    """Calibration texts of a .jsonl file with ``text``, ``prompt`` + ``completion``, or ``messages``.
+    """Read calibration texts from a .jsonl file with ``text``, ``prompt`` + ``completion``, or ``messages``.
 
     Raises:
-        PeftMoeError: the file's own faults, with place and remedy.
+        PeftMoeError: the file cannot be read as texts; the message names the line and the remedy.
     """
     from ...io.text_data import load_text_dataset
 
@@ -81,14 +77,14 @@ def read_texts(path: Path) -> list[str]:
         rows = load_text_dataset(path)
     except ValueError as error:
         raise PeftMoeError(str(error)) from error
-    return [_plain(row) for row in rows]
+    return [_as_text(row) for row in rows]
 
 
-def _plain(row: dict[str, object]) -> str:
+def _as_text(row: dict[str, object]) -> str:
     parts = [row[key] for key in ("text", "prompt", "completion", "messages") if row.get(key)]
-    return "".join(one if isinstance(one, str) else _spoken(one) for one in parts)
+    return "".join(part if isinstance(part, str) else _join_messages(part) for part in parts)
 
 
-def _spoken(messages: object) -> str:
-    assert isinstance(messages, list)  # load_text_dataset saw to it
+def _join_messages(messages: object) -> str:
+    assert isinstance(messages, list)  # load_text_dataset checks this
     return "\n".join(str(message["content"]) for message in messages)

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from ..console import wide_console
+from ..console import print_json, wide_console
 
 
 def inspect(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Adapters, full models, saved mixtures (folders or Hub ids), mix files."),
+        typer.Argument(help="Adapters, full models or saved mixtures (folders or Hub ids), or mix files."),
     ],
     base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base that they are held against.")
+        str | None, typer.Option(help="Folder or Hub id of the base to compare them with.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what will happen, from configs and headers: ranks, targets, sizes, memory, problems.
+    """Report ranks, targets, sizes, memory and problems from configs and headers, without loading weights.
 
-    Ends with code 2 if something would be refused.
+    Exits with code 2 if peft-moe would refuse one of them.
     """
     from ...mixfile.inspect import inspect_paths
     from ...mixfile.inspection_report import as_table
 
-    found = inspect_paths(paths, base)
+    inspections = inspect_paths(paths, base)
     if as_json:
-        typer.echo(json.dumps([one.to_dict() for one in found], indent=1))
+        print_json([inspection.to_dict() for inspection in inspections])
     else:
-        wide_console().print(as_table(found))
-    if any(one.all_problems for one in found):
+        wide_console().print(as_table(inspections))
+    if any(inspection.all_problems for inspection in inspections):
         raise typer.Exit(code=2)

@@ -11,14 +11,16 @@ from ..console import wide_console
 
 
 def mix(
-    config: Annotated[Path, typer.Argument(help="The mixture in YAML; mergekit-moe's form is understood.")],
-    out: Annotated[Path, typer.Option(help="Folder of the mixture to write.")],
-    device: Annotated[str, typer.Option(help="Where the base runs while routers are fitted.")] = "cpu",
+    config: Annotated[
+        Path, typer.Argument(help="YAML file that describes the mixture; mergekit-moe's format works too.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write the mixture to.")],
+    device: Annotated[str, typer.Option(help="Device that runs the base while routers are fitted.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:
-    """Build a mixture from a file: adapters and full models side by side, routers from prompts or labels.
+    """Build a mixture from a YAML file of adapters and full models, and fit its router.
 
-    What `peft-moe inspect` says of the file is printed first; if there is a problem, nothing is loaded.
+    The report of `peft-moe inspect` is printed before anything is loaded; if it names a problem, nothing is.
     """
     from ...mixfile.build import build_mixture
     from ...mixfile.inspection_report import as_table
@@ -29,18 +31,18 @@ def mix(
         out,
         device=device,
         overwrite=overwrite,
-        before=lambda found: console.print(as_table([found])),
+        before=lambda inspection: console.print(as_table([inspection])),
     )
     for name, folder in report.kept.items():
         if name in report.extracted:
-            console.print(f"{name}: " + "; ".join(report.extracted[name].summary()), highlight=False)
+            console.print(f"{name}: " + "; ".join(report.extracted[name].summary()))
         else:
-            console.print(f"{name}: extracted before, {folder}", highlight=False)
+            console.print(f"{name}: extracted earlier, {folder}")
     if report.fit is not None:
-        share = report.fit.training_accuracy
         console.print(
-            f"router fitted by {report.fit.method} on {report.fit.samples} rows, {share:.0%} of them right"
+            f"The router was fitted by {report.fit.method} on {report.fit.samples} samples; it is right on "
+            f"{report.fit.training_accuracy:.0%} of them."
         )
     console.print(
-        f"Kept: {report.out} ({report.seconds:.0f} s). Load it with PeftModel.from_pretrained(base, folder)."
+        f"Saved: {report.out} ({report.seconds:.0f} s). Load it with PeftModel.from_pretrained(base, folder)."
     )
