@@ -22,7 +22,7 @@ from support.zoo import Zoo
 from peft_moe import PeftMoeError
 from peft_moe.routers.losses import orthogonality_loss
 from peft_moe.training.trainers.auxiliary_losses import LOG_NAMES
-from peft_moe.training.trainers.load_balancing import SparsitySteering
+from peft_moe.training.trainers.load_balancing import SparsityController
 from peft_moe.tuner.config.domains import domain_columns
 from peft_moe.tuner.layers.linear import MoLoraLayer
 
@@ -196,16 +196,16 @@ def test_the_l1_weight_steers_towards_its_target(zoo: Zoo, tmp_path: Path, accum
 def test_the_target_share_of_zero_gates_is_reached(zoo: Zoo, tmp_path: Path) -> None:
     trainer = l1_run(zoo, tmp_path, 0.8, max_steps=60)
     shares: list[float] = []
-    step = SparsitySteering.step
+    step = SparsityController.step
 
-    def spy(self: SparsitySteering) -> None:
+    def spy(self: SparsityController) -> None:
         assert self._counts is not None
         zeros, gates = self._counts.tolist()
         shares.append(zeros / gates)
         step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SparsitySteering, "step", spy)
+        patch.setattr(SparsityController, "step", spy)
         trainer.train()
     assert shares[0] < 0.6
     reached = next(index for index, share in enumerate(shares) if share > 0.8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -266,19 +267,19 @@ def test_adaptive_factors_by_hand() -> None:
     for language, distillation in ((4.0, 2.0), (3.0, 1.0)):
         for _ in range(2):  # two micro-batches, whose parts add up to the step's loss
             adaptive.count(torch.tensor(language / 2), torch.tensor(distillation / 2))
-        adaptive.step(lambda losses: losses)
+        adaptive.step()
     left = (0.9 * 4 + 0.1 * 3) / 4, (0.9 * 2 + 0.1 * 1) / 2
     wanted = 2 * left[0] / sum(left), 2 * left[1] / sum(left)
     assert adaptive.factors == pytest.approx(wanted)
     assert adaptive.factors[0] > 1 > adaptive.factors[1]  # the distillation has fallen by more
-    adaptive.step(lambda losses: losses)  # a step without a count changes nothing
+    adaptive.step()  # a step without a count changes nothing
     assert adaptive.factors == pytest.approx(wanted)
 
 
 def test_a_loss_that_begins_at_zero_is_no_division_by_zero() -> None:
     adaptive = AdaptiveWeights({})
     adaptive.count(torch.tensor(1.0), torch.tensor(0.0))
-    adaptive.step(lambda losses: losses)
+    adaptive.step()
     assert adaptive.factors == (1.0, 1.0)
 
 
@@ -296,6 +297,9 @@ def test_the_weights_adapt_and_resume_to_the_bit(zoo: Zoo, tmp_path: Path) -> No
     assert factors[0] == (1.0, 1.0)
     assert abs(factors[-1][0] - 1) > 1e-2
     assert all(sum(pair) == pytest.approx(2) for pair in factors)
+    stored = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    # The key by which checkpoints of earlier runs are found.
+    assert "first_language_loss" in stored["stateful_callbacks"]["RouterState"]["attributes"]["values"]
     resumed = adaptive_run(zoo, tmp_path / "again", seed=5, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     found = [e for e in resumed.state.log_history if "loss" in e]

@@ -157,22 +157,22 @@ import sys, torch
 from torch import distributed
 from peft_moe.routers import Router, RouterSettings
 from peft_moe.routing.context import Routing, RoutingContext, RoutingRecord
-from peft_moe.training.trainers.load_balancing import BiasBalancer, SparsitySteering
+from peft_moe.training.trainers.load_balancing import BiasBalancer, SparsityController
 
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", rank=rank, world_size=2)
 fields = dict(num_experts=3, top_k=1, bias_update_rate=1.0)
 routers = {name: Router(RouterSettings("linear", **fields), 2) for name in "ab"}
 balancer, values = BiasBalancer(routers), {"l1_weight": 1.0}
-steering = SparsitySteering(routers, 0.5, values)
+controller = SparsityController(routers, 0.5, values)
 # Alone, process 0 would raise column 1 and lower the weight, process 1 the reverse; it never sees router b.
 chosen = torch.tensor([[0, 0, 0, 2, 2, 2]] if rank == 0 else [[1, 1, 1, 1, 1, 1]])
 selected = torch.nn.functional.one_hot(chosen, 3).bool()
 routing = Routing(selected.float() if rank == 0 else torch.ones(1, 6, 3), selected.float(), selected)
 decisions = {"a": routing, "b": routing} if rank == 0 else {"a": routing}
 record = RoutingRecord(decisions, RoutingContext())
-balancer.count(record); steering.count(record)
-balancer.step(); steering.step()
+balancer.count(record); controller.count(record)
+balancer.step(); controller.step()
 print([r.balance_bias.tolist() for r in routers.values()], values)
 # A process that leaves while the other still talks to it may be aborted.
 distributed.barrier(); distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What DPO, KTO and GRPO measure a router against: the starting mixture, or the bare base."""
+"""The reference of DPO, KTO and GRPO: the mixture at the start of training, or the base alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def first_differences(kind: str, trainer: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(("kind", "routing"), STARTS)
-def test_the_start_is_what_the_mixture_was(zoo: Zoo, tmp_path: Path, kind: str, routing: str) -> None:
+def test_the_start_is_the_mixture_before_training(zoo: Zoo, tmp_path: Path, kind: str, routing: str) -> None:
     model = zoo.mixture("llama", routing)
     start = copy.deepcopy(model)
     trainer = make_preference_trainer(kind, model, tmp_path, max_steps=3)
@@ -92,7 +92,7 @@ def test_dpo_against_the_base_is_its_formula(zoo: Zoo, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", WITH_REFERENCE)
-def test_what_trl_does_by_itself(zoo: Zoo, tmp_path: Path, kind: str) -> None:
+def test_the_references_of_plain_trl(zoo: Zoo, tmp_path: Path, kind: str) -> None:
     """A PeftModel gets a copy of its mixture for the reference, a ``peft_config`` the bare base."""
     started = make_preference_trainer(
         kind, zoo.mixture("llama", "top2"), tmp_path, plain=PLAIN[kind], max_steps=2
@@ -114,21 +114,23 @@ def test_what_trl_does_by_itself(zoo: Zoo, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_fitted_router_is_part_of_the_start(zoo: Zoo, tmp_path: Path) -> None:
-    """Whatever is set between constructor and ``train()`` counts; an evaluation before changes nothing."""
+    """What is set before ``train()`` is part of the start; an evaluation does not store it."""
     model = zoo.mixture("llama", "top2")
     trainer = make_preference_trainer("dpo", model, tmp_path, max_steps=2)
     trainer.evaluate(trainer.train_dataset)
     set_routers(trainer.model, 7)
     trainer.train()
     assert log_of(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-    held = {name: value for name, value in trainer.reference.held.items() if name.endswith("scorer.weight")}
+    stored = {
+        name: value for name, value in trainer.reference.stored.items() if name.endswith("scorer.weight")
+    }
     trained = dict(trainer.model.named_parameters())
-    assert held
-    assert all(not torch.equal(value, trained[name]) for name, value in held.items())
+    assert stored
+    assert all(not torch.equal(value, trained[name]) for name, value in stored.items())
 
 
 def test_balancing_biases_belong_to_the_start(zoo: Zoo, tmp_path: Path) -> None:
-    """A bias is no parameter: TRL's copy leaves it behind, and it decides which experts are chosen."""
+    """A bias is a buffer that TRL's copy omits, although it decides which experts are selected."""
     model = zoo.mixture("llama", "dense", top_k=1, norm_topk_prob=False, router_bias_update_rate=0.5)
     with torch.no_grad():
         for index, (_, router) in enumerate(routers(model)):
@@ -161,8 +163,8 @@ def test_a_resumed_run_keeps_the_start_of_the_first(zoo: Zoo, tmp_path: Path) ->
     assert log_of(resumed, "loss")[-1] == log_of(straight, "loss")[3]
 
 
-def test_a_start_is_never_made_up(zoo: Zoo, tmp_path: Path) -> None:
-    """A run against the base keeps none: going on from it against "start" would take the trained router."""
+def test_a_checkpoint_without_a_start_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    """A run with reference="base" stores no start: resuming with "start" would take the trained router."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     given = {"reference": "base"}
     make_preference_trainer("dpo", zoo.mixture("llama", "top2"), tmp_path, given=given, **saving).train()
@@ -193,15 +195,15 @@ def test_a_reference_that_follows(zoo: Zoo, tmp_path: Path, kind: str) -> None:
 
     trainer.add_callback(Look())
     trainer.train()
-    assert trainer.args.sync_ref_model  # the constructor was not shown it, and gave it back
+    assert trainer.args.sync_ref_model  # TRL's constructor saw False; the argument is restored
     names = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
-    held = torch.cat([trainer.reference.held[name].flatten() for name in names])
-    torch.testing.assert_close(held, 0.75 * start + 0.25 * after_two[0])
-    assert not torch.equal(held, start)
+    start_now = torch.cat([trainer.reference.stored[name].flatten() for name in names])
+    torch.testing.assert_close(start_now, 0.75 * start + 0.25 * after_two[0])
+    assert not torch.equal(start_now, start)
 
 
-def test_precomputed_is_computed(zoo: Zoo, tmp_path: Path) -> None:
-    """Also from TRL's cache on disk, which must know references apart that share their data."""
+def test_precomputed_log_probabilities_equal_computed_ones(zoo: Zoo, tmp_path: Path) -> None:
+    """The same holds with TRL's cache on disk, which must distinguish references of one dataset."""
 
     def losses(reference: str, seed: int, precompute: bool) -> list[float]:
         model = zoo.mixture("llama", "top2", seed=seed)
@@ -243,7 +245,7 @@ def test_refusals(zoo: Zoo, tmp_path: Path) -> None:
         make(given={"reference": "strat"})
     with pytest.raises(PeftMoeError, match="are two references; give one"):
         make(given={"reference": "base", "ref_model": zoo.base("llama")})
-    with pytest.raises(PeftMoeError, match="reference='base' stands still"):
+    with pytest.raises(PeftMoeError, match="reference='base' never moves"):
         make(given={"reference": "base"}, sync_ref_model=True)
     with pytest.raises(PeftMoeError, match="set one of the two to False"):
         make(sync_ref_model=True, precompute_ref_log_probs=True)
@@ -257,24 +259,24 @@ def test_refusals(zoo: Zoo, tmp_path: Path) -> None:
     learning = make_preference_trainer("dpo", taught, tmp_path, given={"teacher": zoo.base("llama")})
     with pytest.raises(PeftMoeError, match="distil with MoLoraSFTTrainer first"):
         learning.train()
-    measured = make(precompute_ref_log_probs=True)
-    set_routers(measured.model, 5)
+    precomputed = make(precompute_ref_log_probs=True)
+    set_routers(precomputed.model, 5)
     with pytest.raises(PeftMoeError, match="changed since"):
-        measured.train()
+        precomputed.train()
 
 
-def test_a_reference_model_of_ones_own(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_reference_model_of_the_user(zoo: Zoo, tmp_path: Path) -> None:
     other = zoo.base("llama")
     with torch.no_grad():
         other.lm_head.weight.mul_(1.5)
-    kept = copy.deepcopy(other)
+    original = copy.deepcopy(other)
     trainer = make_preference_trainer(
         "dpo", zoo.mixture("llama", "top2"), tmp_path, given={"ref_model": other}, rows=rows_for("dpo", 8)
     )
     trainer.train()
     batch = batch_of(trainer)
     torch.testing.assert_close(
-        reference_logps(trainer, batch).double(), logps(kept.eval(), batch).sum(-1), **CLOSE
+        reference_logps(trainer, batch).double(), logps(original.eval(), batch).sum(-1), **CLOSE
     )
 
 
@@ -282,7 +284,7 @@ def test_a_reference_model_of_ones_own(zoo: Zoo, tmp_path: Path) -> None:
 def test_on_a_four_bit_base(
     zoo: Zoo, tmp_path: Path, four_bit: Callable[[], nn.Module], reference: str
 ) -> None:
-    """TRL makes trained numbers bfloat16 there; the start is taken of the router as it trains, in float32."""
+    """TRL casts trained parameters to bfloat16 there; the start is that of the float32 router."""
     model = zoo.mixture("llama", "top2", base=four_bit())
     trainer = make_preference_trainer(
         "dpo", model, tmp_path, given={"reference": reference}, max_steps=2, learning_rate=1e-3

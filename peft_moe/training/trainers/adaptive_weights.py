@@ -1,23 +1,24 @@
-"""How much the language model's loss and the distillation each weigh, from how much each has fallen."""
+"""Adaptive weights of the language model's loss and the distillation loss."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .distributed import mean_over_processes
+
 
 class AdaptiveWeights:
-    """Factors of the two losses by how much each has still to fall; both 1 at first, their sum always 2.
+    """Weighs two losses by the share of each that is left; both factors start at 1 and always sum to 2.
 
     Each loss is smoothed over steps and divided by its value in the first step: r = L̄ / L₀, the share that
     is left (the loss ratio of GradNorm, arXiv 1711.02257). The factors are 2·r_CE/(r_CE + r_KD) and
-    2·r_KD/(r_CE + r_KD). A published scheme adds up ΔL/L̄ and clips the sum to [0, 1]: falling losses have
-    negative differences, hence sum 0, hence equal weights for as long as both fall.
+    2·r_KD/(r_CE + r_KD). A published scheme instead adds up ΔL/L̄ and clips the sum to [0, 1]. Falling losses
+    have negative differences, so that this sum is 0 and the weights are equal for as long as both losses
+    fall.
 
     Args:
-        values: where the smoothed and the first losses are kept.
+        values: stores the smoothed losses and those of the first step.
     """
 
     SMOOTHING = 0.9
@@ -28,31 +29,27 @@ class AdaptiveWeights:
 
     @property
     def factors(self) -> tuple[float, float]:
-        """Of the language model's loss and of the distillation."""
-        left = [self._left("language_loss"), self._left("distillation_loss")]
+        """The factors of the language model's loss and of the distillation loss."""
+        left = [self._share_left("language_loss"), self._share_left("distillation_loss")]
         total = sum(left)
         return (2 * left[0] / total, 2 * left[1] / total) if total > 0 else (1.0, 1.0)
 
-    def _left(self, name: str) -> float:
-        first = self.values.get(f"first_{name}", 0.0)
-        return self.values[name] / first if first > 0 else 1.0
+    def _share_left(self, name: str) -> float:
+        first_step = self.values.get(f"first_{name}", 0.0)
+        return self.values[name] / first_step if first_step > 0 else 1.0
 
     def count(self, language: Tensor, distillation: Tensor) -> None:
         """Add what one micro-batch contributes to the two losses of the step."""
-        both = torch.stack((language.detach().float(), distillation.detach().float().to(language.device)))
-        self._step = both if self._step is None else self._step + both
+        losses = torch.stack((language.detach().float(), distillation.detach().float().to(language.device)))
+        self._step = losses if self._step is None else self._step + losses
 
-    def step(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Take in the losses of one optimizer step.
-
-        Args:
-            mean: makes the mean over processes of a tensor.
-        """
+    def step(self) -> None:
+        """Smooth the losses with those of the optimizer step that ends, averaged over processes."""
         if self._step is None:
             return
-        found = mean(self._step).tolist()
+        losses = mean_over_processes(self._step).tolist()
         self._step = None
-        for name, value in zip(("language_loss", "distillation_loss"), found, strict=True):
+        for name, value in zip(("language_loss", "distillation_loss"), losses, strict=True):
             self.values.setdefault(f"first_{name}", value)
-            before = self.values.get(name, value)
-            self.values[name] = self.SMOOTHING * before + (1 - self.SMOOTHING) * value
+            smoothed = self.values.get(name, value)
+            self.values[name] = self.SMOOTHING * smoothed + (1 - self.SMOOTHING) * value

@@ -1,20 +1,21 @@
-"""Numbers that all processes of a run must agree on."""
+"""Sums and means over the processes of a run, which keep numbers that change between steps equal in all."""
 
 from __future__ import annotations
 
 from torch import Tensor, distributed
 
 
-def summed(values: Tensor) -> Tensor:
-    """The sum of ``values`` over all processes; the tensor itself where there is only one."""
-    if distributed.is_available() and distributed.is_initialized():
-        values = values.clone()
-        distributed.all_reduce(values)
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over all processes; a single process gets its own tensor back."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    values = values.clone()
+    distributed.all_reduce(values)
     return values
 
 
-def process_count() -> int:
-    """How many processes train together."""
-    if distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_world_size())
-    return 1
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Return the mean of ``values`` over all processes; a single process gets its own tensor back."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    return sum_over_processes(values) / distributed.get_world_size()

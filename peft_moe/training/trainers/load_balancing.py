@@ -1,6 +1,6 @@
-"""Balancing that moves between optimizer steps instead of by gradients: DeepSeek's bias, ReMoE's L1 weight.
+"""Load balancing and sparsity by rules between optimizer steps: DeepSeek's bias and ReMoE's L1 weight.
 
-Letters: X columns (routed experts, plus the null expert).
+Letters: B batch, T sequence, X columns (routed experts, plus the null expert).
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from torch import Tensor
 from ...routers import Router
 from ...routers.losses import decision_weights, present_columns, visible
 from ...routing.context import RoutingRecord
-from .distributed import summed
+from .distributed import sum_over_processes
 
 L1_FACTOR = 1.2
-"""By how much the L1 weight changes per step (ReMoE, arXiv 2412.14711)."""
+"""The factor by which the L1 weight changes per step (ReMoE, arXiv 2412.14711)."""
 
 
 class BiasBalancer:
-    """Moves each router's balancing bias: b ← b + u·sign(mean load − load) (arXiv 2408.15664).
+    """Updates each router's balancing bias: b ← b + u·sign(mean load − load) (arXiv 2408.15664).
 
-    A column's load is how many real tokens of the step chose it, in all micro-batches and processes. The
-    bias joins the choice of the top k only; columns that a layer lacks take no part.
+    The load of a column is the number of real tokens of the step that selected it, over all micro-batches and
+    processes. The bias changes the top-k selection only, never the gates. A column that a layer lacks has no
+    load and keeps its bias.
 
     Args:
-        routers: by the name under which their decisions are recorded; those without a bias are left alone.
+        routers: by the name under which their decisions are recorded; routers without a bias are ignored.
     """
 
     def __init__(self, routers: Mapping[str, Router]) -> None:
@@ -34,7 +35,7 @@ class BiasBalancer:
         self._loads: dict[str, Tensor] = {}
 
     def count(self, record: RoutingRecord) -> None:
-        """Add the choices of one forward pass."""
+        """Add the selections of one forward pass."""
         for name in self.routers.keys() & record.decisions.keys():
             routing = record.decisions[name]
             if routing.selected is None or record.context is None:
@@ -44,26 +45,27 @@ class BiasBalancer:
             self._loads[name] = self._loads[name] + load_X if name in self._loads else load_X
 
     def step(self) -> None:
-        """Move every bias by the loads counted since the last step."""
+        """Update every bias by the loads counted since the last step."""
         if not self.routers:
             return
         device = next(iter(self.routers.values())).balance_bias.device  # type: ignore[union-attr]
-        # A process whose batches never reached a router still takes part in the sum.
+        # All processes must call the sum with the same shapes, hence zeros for a router that a process never
+        # ran.
         loads = [
             self._loads.get(name, torch.zeros(router.settings.num_columns)).to(device)
             for name, router in self.routers.items()
         ]
-        totals = summed(torch.cat(loads)).split([len(load) for load in loads])
+        totals = torch.split(sum_over_processes(torch.cat(loads)), [len(load) for load in loads])
         for router, load_X in zip(self.routers.values(), totals, strict=True):
-            _move(router, load_X)
+            _update_bias(router, load_X)
         self._loads.clear()
 
     def largest(self) -> float:
-        """The largest |b| of all routers."""
+        """Return the largest |b| of all routers."""
         return max((float(r.balance_bias.abs().max()) for r in self.routers.values()), default=0.0)  # type: ignore[union-attr]
 
 
-def _move(router: Router, load_X: Tensor) -> None:
+def _update_bias(router: Router, load_X: Tensor) -> None:
     bias_X = router.balance_bias
     assert bias_X is not None
     columns = torch.tensor(present_columns(router.settings), device=load_X.device)
@@ -73,13 +75,15 @@ def _move(router: Router, load_X: Tensor) -> None:
         bias_X[columns.to(bias_X.device)] += change.to(bias_X)
 
 
-class SparsitySteering:
-    """ReMoE's adaptive weight of the L1 loss: × 1.2 per step below the target share of zero gates, else ÷.
+class SparsityController:
+    """Adapts the weight of the L1 loss as ReMoE does, until a target share of the gates is zero.
+
+    Per step the weight is multiplied by 1.2 while the share is below the target, and divided by 1.2 above it.
 
     Args:
         routers: by the name under which their decisions are recorded.
-        target: wanted share of zero gates.
-        values: where the weight is kept, as ``values["l1_weight"]``.
+        target: target share of zero gates.
+        values: stores the weight, as ``values["l1_weight"]``.
     """
 
     def __init__(self, routers: Mapping[str, Router], target: float, values: dict[str, float]) -> None:
@@ -89,7 +93,7 @@ class SparsitySteering:
         self._counts: Tensor | None = None
 
     def count(self, record: RoutingRecord) -> None:
-        """Add the gates of one forward pass: how many are zero, and how many there are."""
+        """Add the number of zero gates and the number of all gates of one forward pass."""
         for name in self.settings.keys() & record.decisions.keys():
             routing, context = record.decisions[name], record.context
             if routing.logits is None or context is None:
@@ -102,10 +106,10 @@ class SparsitySteering:
             self._counts = counts if self._counts is None else self._counts + counts.to(self._counts.device)
 
     def step(self) -> None:
-        """Move the weight by what was counted since the last step."""
+        """Adapt the weight by the gates counted since the last step."""
         if self._counts is None:
             return
-        zeros, gates = summed(self._counts).tolist()
+        zeros, gates = sum_over_processes(self._counts).tolist()
         self._counts = None
         share = zeros / max(gates, 1.0)
         if share < self.target:

@@ -1,4 +1,4 @@
-"""Preferences: TRL's DPO and KTO with the right reference, and reward models on a mixture."""
+"""TRL's trainers for preferences on a mixture: DPO and KTO with a reference, and reward models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
 from ...errors import PeftMoeError
-from .reference_mixin import ReferenceMixin, withheld
+from .reference_mixin import ReferenceMixin, replaced_arguments
 from .router_mixin import RouterTrainerMixin
 
 
 class _PreferenceTrainer(ReferenceMixin):
-    """Of the two trainers that take a reference model in their constructor."""
+    """The constructor of the two trainers that take ``ref_model`` as an argument."""
 
     def __init__(
         self,
@@ -31,23 +31,23 @@ class _PreferenceTrainer(ReferenceMixin):
                 )
             super().__init__(model, ref_model, args, *more, **named)
             return
-        ours = self._make_reference(reference, args)
+        own = self._make_reference(reference, args)
         follows = bool(getattr(args, "sync_ref_model", False))
-        with withheld(args, sync_ref_model=False):
-            super().__init__(model, ours, args, *more, **named)
-        self._begin_reference(ours, follows)
+        with replaced_arguments(args, sync_ref_model=False):
+            super().__init__(model, own, args, *more, **named)
+        self._begin_reference(own, follows)
 
 
 class MoLoraDPOTrainer(_PreferenceTrainer, DPOTrainer):  # type: ignore[misc]  # trl is untyped here
     """TRL's ``DPOTrainer`` for mixtures; takes the same arguments, and ``reference``.
 
     Args:
-        reference: "start" (the default): the mixture as training began, so that the first loss is ln 2; it
-            costs a copy of the router, and a checkpoint keeps it. "base": the base without the mixture, which
-            TRL takes for a model made from ``peft_config``. A ``ref_model`` of your own replaces both.
+        reference: "start" (the default) is the mixture at the start of training, so that the first loss is
+            ln 2. It costs a copy of the router, which checkpoints contain. "base" is the base without the
+            mixture, which TRL uses for a model made from ``peft_config``. ``ref_model`` replaces both.
 
-    ``sync_ref_model`` works with "start", which TRL refuses for PEFT models. A column ``domain`` is for the
-    label losses, and holds for both answers.
+    ``sync_ref_model`` works with "start"; TRL refuses it for PEFT models. A column ``domain`` is for the
+    label losses, and applies to both answers.
     """
 
 
@@ -58,6 +58,6 @@ class MoLoraKTOTrainer(_PreferenceTrainer, KTOTrainer):  # type: ignore[misc]  #
 class MoLoraRewardTrainer(RouterTrainerMixin, RewardTrainer):  # type: ignore[misc]  # trl is untyped here
     """TRL's ``RewardTrainer`` for mixtures; takes the same arguments.
 
-    The config's ``task_type`` is "SEQ_CLS": PEFT then trains and saves the new head, ``score``, beside the
-    router. Rewards have no reference.
+    With ``task_type="SEQ_CLS"`` in the config, PEFT trains and saves the new head, ``score``, beside the
+    router. Reward models need no reference.
     """

@@ -1,4 +1,4 @@
-"""What trainers with a reference have in common: which one, how it is kept, what cannot be."""
+"""What trainers with a reference model share: its choice, its updates, its checkpoints and its limits."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from .reference_model import BASE, START, Reference
 from .router_mixin import RouterTrainerMixin
 
 
-class ReferenceSteps(TrainerCallback):
-    """Takes the start when training begins, and lets it follow the policy where that is asked for.
+class ReferenceCallback(TrainerCallback):
+    """Stores the reference when training begins, and moves it towards the policy if that is asked for.
 
     Args:
-        reference: what to keep.
-        follows: whether ``sync_ref_model`` was set.
+        reference: the reference model.
+        follows: whether ``sync_ref_model`` is set.
     """
 
     def __init__(self, reference: Reference, follows: bool) -> None:
         self.reference, self.follows = reference, follows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights are in place: those of the constructor, or of a checkpoint that has its own start."""
-        self.reference.hold()
+        """Store the weights that are loaded now; a checkpoint that was resumed from has stored its own."""
+        self.reference.store()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights have moved."""
+        """Move the reference towards the policy every ``ref_model_sync_steps``."""
         if self.follows and state.global_step % args.ref_model_sync_steps == 0:
             self.reference.follow(args.ref_model_mixup_alpha)
 
 
 class ReferenceMixin(RouterTrainerMixin):
-    """Between :class:`RouterTrainerMixin` and a trainer of TRL that compares with a reference model."""
+    """Adds a reference model to :class:`RouterTrainerMixin`; a trainer of TRL follows it."""
 
     reference: Reference | None = None
 
     def _make_reference(self, kind: str | None, args: Any) -> Reference:
-        """Before the trainer's own constructor, so that nothing is loaded for a wrong word."""
+        """Make the reference before the trainer's own constructor, which loads models: errors come first."""
         reference = Reference(kind or START, lambda: self.model)  # type: ignore[arg-type, return-value]
         follows = getattr(args, "sync_ref_model", False)
         if follows and reference.kind == BASE:
             raise PeftMoeError(
-                "sync_ref_model=True moves the reference, and reference='base' stands still; take "
+                "sync_ref_model=True moves the reference, and reference='base' never moves; take "
                 "reference='start' or sync_ref_model=False"
             )
         if follows and getattr(args, "precompute_ref_log_probs", False):
@@ -67,29 +67,30 @@ class ReferenceMixin(RouterTrainerMixin):
     def _begin_reference(self, reference: Reference, follows: bool) -> None:
         self.reference = reference
         if getattr(self.args, "precompute_ref_log_probs", False):
-            reference.hold()  # what was just measured
-        self.add_callback(ReferenceSteps(reference, follows))  # type: ignore[attr-defined]
+            reference.store()  # the log-probabilities of these weights have just been computed
+        self.add_callback(ReferenceCallback(reference, follows))  # type: ignore[attr-defined]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own ``train``.
+        """Run the trainer's own ``train``.
 
         Raises:
-            PeftMoeError: the policy moved since its reference was measured.
+            PeftMoeError: the policy has changed since the log-probabilities of its reference were computed.
         """
-        self._check_measured()
+        self._check_precomputed()
         return super().train(*args, **kwargs)
 
-    def _check_measured(self) -> None:
-        measured = getattr(self.args, "precompute_ref_log_probs", False)
+    def _check_precomputed(self) -> None:
+        precomputed = getattr(self.args, "precompute_ref_log_probs", False)
         state: Any = getattr(self, "state")  # noqa: B009  # the trainer's own, untyped
-        if measured and self.reference is not None and state.global_step == 0 and self.reference.moved():
+        starts = state.global_step == 0
+        if precomputed and starts and self.reference is not None and self.reference.differs():
             raise PeftMoeError(
-                "precompute_ref_log_probs=True measured the reference when the trainer was made, and the "
-                "router was changed since (fitted?); change it before, or set precompute_ref_log_probs=False"
+                "precompute_ref_log_probs=True computed the reference when the trainer was made, and the "
+                "router has changed since (fitted?); change it before, or set precompute_ref_log_probs=False"
             )
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The trainer's own, which precomputes; the routers are told the samples' domains."""
+        """Run the trainer's own method, which precomputes, with the samples' domains for the routers."""
         domains: Tensor | None = per_row_domains(inputs)
         inputs = {key: value for key, value in inputs.items() if key != DOMAIN_INDEX}
         with routing_inputs(domains=domains):
@@ -103,31 +104,35 @@ class ReferenceMixin(RouterTrainerMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if self.reference is not None and checkpoint is not None:
-            measured = getattr(self.args, "precompute_ref_log_probs", False) and self.reference.held
+            precomputed = (
+                self.reference.stored if getattr(self.args, "precompute_ref_log_probs", False) else None
+            )
             self.reference.load(checkpoint)
-            held = self.reference.held or {}
-            if measured and any(not value.equal(held[name]) for name, value in measured.items()):
+            loaded = self.reference.stored or {}
+            if any(not value.equal(loaded[name]) for name, value in (precomputed or {}).items()):
                 raise PeftMoeError(
-                    f"precompute_ref_log_probs=True measured another start than that of {checkpoint}; make "
+                    f"precompute_ref_log_probs=True used another start than that of {checkpoint}; make "
                     "the trainer with the mixture that the run began with, or set "
                     "precompute_ref_log_probs=False"
                 )
 
 
 def _sharded(args: Any) -> bool:
-    asked = getattr(args, "fsdp", None) or getattr(args, "deepspeed", None)
-    launched = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return bool(asked) or any(os.environ.get(name, "false").lower() in ("1", "true") for name in launched)
+    configured = getattr(args, "fsdp", None) or getattr(args, "deepspeed", None)
+    variables = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(configured) or any(
+        os.environ.get(name, "false").lower() in ("1", "true") for name in variables
+    )
 
 
 @contextmanager
-def withheld(args: Any, **values: Any) -> Iterator[None]:
-    """Arguments that a constructor is not to see: TRL would make its own reference, or refuse ours."""
-    kept = {name: getattr(args, name) for name in values if hasattr(args, name)}
+def replaced_arguments(args: Any, **values: Any) -> Iterator[None]:
+    """Replace arguments during a constructor of TRL, which would else make or refuse a reference itself."""
+    originals = {name: getattr(args, name) for name in values if hasattr(args, name)}
     try:
-        for name in kept:
+        for name in originals:
             setattr(args, name, values[name])
         yield
     finally:
-        for name, value in kept.items():
+        for name, value in originals.items():
             setattr(args, name, value)

@@ -1,8 +1,8 @@
-"""A mixin that makes a Hugging Face trainer train routers rightly.
+"""A mixin that adds what routers need to a Hugging Face trainer: losses, load balancing, logs, checkpoints.
 
-Trainers rebuild the loss from the model's outputs, so a loss added inside the model is lost without
-a word. The mixin adds the auxiliary losses where the trainer computes its own, divides them by the
-accumulation steps exactly where the trainer expects that, and logs loads and entropies.
+Trainers compute their loss from the model's outputs and ignore any loss that the model adds itself. The mixin
+therefore adds the auxiliary losses in ``compute_loss``. It divides them by the accumulation steps exactly
+where the trainer expects that, and it logs the loads and entropies of the routers.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from .checks import (
 )
 from .distillation import Distiller
 from .scored_tokens import per_scored_token
-from .step_state import AroundSteps, Movers, RouterState
+from .step_state import RouterState, StepCallback, StepUpdates
 
 
 class RouterTrainerMixin:
-    """Put before a ``transformers.Trainer`` subclass: ``class T(RouterTrainerMixin, SFTTrainer)``.
+    """Precedes a subclass of ``transformers.Trainer``: ``class T(RouterTrainerMixin, SFTTrainer)``.
 
-    The model must carry an active mixture (``peft_config=MoLoraConfig(…)`` or a PeftModel). The weights of
-    losses are those of the config, and so is everything else that balances or distils. A ``domain``
-    column of the dataset names each sample's expert.
+    The model must have an active mixture (``peft_config=MoLoraConfig(…)`` or a PeftModel). The mixture's
+    config sets the weights of the losses, the load balancing and the distillation. A ``domain`` column of the
+    dataset names each sample's expert.
 
     Args:
-        model: as for the trainer.
+        model: as for the trainer; the arguments that are not listed here are the trainer's, too.
         teacher: for ``distillation_coef``: a causal language model with the base's tokenizer. Without it
-            each sample's own expert teaches. The other arguments are the trainer's.
-        balanced_domains: every step, and every batch of a multiple of the domains, holds equal shares of all
-            domains; smaller ones repeat.
+            each sample's own expert teaches.
+        balanced_domains: whether every step contains equal shares of all domains, as does every batch whose
+            size is a multiple of the number of domains. Samples of smaller domains are repeated.
 
     Raises:
-        PeftMoeError: at construction or at ``train()``: no mixture, nothing to train, something else
-            would train, or a loss that could have no effect.
+        PeftMoeError: at construction or at ``train()``: there is no mixture or nothing to train, other
+            parameters would train, or a loss would have no effect.
     """
 
     model: nn.Module
@@ -112,19 +112,19 @@ class RouterTrainerMixin:
         if state is None:
             state = RouterState()
             callbacks.add_callback(state)
-            callbacks.add_callback(AroundSteps(self._begin, self._after_step))
+            callbacks.add_callback(StepCallback(self._begin, self._after_step))
         self._experts = self.mixture.expert_names
         self._routers: dict[str, Router] = dict(named_routers(self.model, self.adapter_name))
-        self._movers = Movers(self.mixture, self._routers, state.values)
+        self._updates = StepUpdates(self.mixture, self._routers, state.values)
         self._terms = AuxiliaryTerms(self.mixture, self.adapter_name, state.values)
 
     def _after_step(self) -> None:
-        self._movers.step()
+        self._updates.step()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own ``train``, after a last look at what would train.
+        """Run the trainer's own ``train`` after a last check of what would train.
 
-        ``resume_from_checkpoint=True`` goes on from the last checkpoint that is whole.
+        ``resume_from_checkpoint=True`` resumes from the newest checkpoint that is complete.
         """
         check_trainable(self.model, self.mixture)
         warn_slow_router(self.args, self.mixture)
@@ -133,7 +133,7 @@ class RouterTrainerMixin:
         return super().train(resume, *args[1:], **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The trainer's checkpoint, sealed once all processes have written their part of it."""
+        """Write the trainer's checkpoint, and seal it once all processes have written their parts."""
         step = self.state.global_step  # type: ignore[attr-defined]
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"  # type: ignore[attr-defined]
         if self.args.should_save:
@@ -146,7 +146,7 @@ class RouterTrainerMixin:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> Any:
-        """The trainer's own ``evaluate``; what is logged of the routers carries the same prefix."""
+        """Run the trainer's own ``evaluate``; the metrics of the routers get the same prefix."""
         self._eval_prefix = metric_key_prefix
         self._routing_log["eval"].clear()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
@@ -155,19 +155,19 @@ class RouterTrainerMixin:
         if not self._balanced:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        state: Any = self
-        # Asked of the trainer, since accelerate does not tell a sampler the epoch of a run that is resumed.
+        trainer: Any = self
+        # The sampler asks the trainer, because accelerate does not tell it the epoch of a resumed run.
         return balanced_sampler(
             self.train_dataset if train_dataset is None else train_dataset,
             self.args,
-            state._train_batch_size,
+            trainer._train_batch_size,
             seed,
-            lambda: state.state.global_step,
+            lambda: trainer.state.global_step,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        # Without this the trainer drops the columns before the collator sees them.
+        # The trainer drops all columns that are not listed here before the collator sees them.
         columns: list[str] | None = getattr(self, "_signature_columns", None)
         if columns is not None:
             self._signature_columns = [*columns, *(name for name in OURS if name not in columns)]
@@ -179,12 +179,12 @@ class RouterTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The trainer's loss plus the weighted terms of this pass."""
+        """Return the trainer's loss plus the weighted auxiliary losses of this pass."""
         if self.mixture.expert_names != self._experts:
-            self._begin()  # experts came or went since: other routers, other columns
+            self._begin()  # experts were added or removed, which changes routers and columns
         check_checkpointing(self.model, self.mixture)
         domains, labels = per_row_domains(inputs), inputs.get("labels")
-        # Not taken out of the batch itself: a trainer may come back to it.
+        # The batch itself keeps the column, because a trainer may read the batch again.
         inputs = {key: value for key, value in inputs.items() if key != DOMAIN_INDEX}
         training = self.model.training
         if training and domains is None:
@@ -213,8 +213,9 @@ class RouterTrainerMixin:
         return (total, *result[1:]) if return_outputs else total
 
     def _prompt_mask(self, inputs: dict[str, Any]) -> Tensor | None:
-        # Losses on full logits (label smoothing, compute_loss_func, metrics) keep the labels from the model,
-        # and a router that pools over prompts would see the completion.
+        # A trainer that computes its loss from full logits (label smoothing, compute_loss_func, metrics)
+        # gives the model no labels, and a router that pools over the prompt would then pool over the
+        # completion as well.
         labels, ids = inputs.get("labels"), inputs.get("input_ids")
         base: Any = self.model.get_base_model()  # type: ignore[operator]
         if labels is None or ids is None or labels.shape != ids.shape or not base.can_generate():
@@ -223,23 +224,24 @@ class RouterTrainerMixin:
         return mask
 
     def _distilled(self, language: Tensor, teacher_NV: Tensor, labels: Tensor, num_items: Any) -> Tensor:
-        """α·CE + β·T²·KL, the latter divided by the same number of tokens as the former."""
+        """Return α·CE + β·T²·KL, both divided by the same number of tokens."""
         assert self._distiller is not None
         training = self.model.training
-        share = self._accumulation_share(num_items) if training else 1
+        divisor = self._accumulation_divisor(num_items) if training else 1
         total = self._distiller.loss(teacher_NV, labels)
         by_step = training and num_items is not None
         loss = per_scored_token(total, len(teacher_NV), num_items if by_step else None, self)
         if not by_step:
-            loss = loss / share
+            loss = loss / divisor
         loss = loss.to(language.device)
-        # What the step adds up of micro-batches; the log takes their mean instead.
+        # The step sums the losses of its micro-batches, each divided by their number; the log takes their
+        # mean.
         log = self._routing_log["train" if training else "eval"]
-        log["distillation_loss"].append(float(loss.detach()) * share)
-        of_language, of_teacher = self._movers.distillation_factors()
+        log["distillation_loss"].append(float(loss.detach()) * divisor)
+        language_factor, distillation_factor = self._updates.distillation_factors()
         if training:
-            self._movers.count_losses(language, loss, share, self._steps_of_batch())
-        return of_language * language + self.mixture.distillation_coef * of_teacher * loss
+            self._updates.count_losses(language, loss, divisor, self._steps_of_batch())
+        return language_factor * language + self.mixture.distillation_coef * distillation_factor * loss
 
     def _with_terms(self, total: Tensor, record: RoutingRecord, num_items: Any) -> Tensor:
         training = self.model.training
@@ -248,19 +250,25 @@ class RouterTrainerMixin:
         settings = {name: router.settings for name, router in self._routers.items()}
         for key, value in routing_summary(record, names, shared, settings).items():
             log[key].append(value)
-        share = self._accumulation_share(num_items) if training else 1
+        divisor = self._accumulation_divisor(num_items) if training else 1
         for name, loss in self._terms.losses(record, self._routers, self.model).items():
             log[LOG_NAMES[name]].append(float(loss.detach()))
-            total = total + (self._terms.weight(name) * loss / share).to(total.device)
+            total = total + (self._terms.weight(name) * loss / divisor).to(total.device)
         if training:
-            self._movers.count_decisions(record)
+            self._updates.count_decisions(record)
         return total
 
     def _steps_of_batch(self) -> int:
         return int(getattr(self, "current_gradient_accumulation_steps", 1))
 
-    def _accumulation_share(self, num_items_in_batch: Any) -> int:
-        # What the trainer itself asks before it divides a step's loss by its accumulation steps.
+    def _accumulation_divisor(self, num_items_in_batch: Any) -> int:
+        """Return the divisor that an auxiliary loss of one micro-batch needs: the accumulation steps, or 1.
+
+        A trainer sums the gradients of a step's micro-batches. If its own loss is already a share of the step
+        (divided by the tokens of the whole step), the trainer adds it as it is, and a mean over one
+        micro-batch must be divided here. Otherwise the trainer divides the total by the accumulation steps
+        itself. The conditions are those of ``transformers.Trainer.training_step``.
+        """
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             by_tokens = getattr(self, "model_accepts_loss_kwargs", False) and num_items_in_batch is not None
@@ -268,13 +276,13 @@ class RouterTrainerMixin:
         return self._steps_of_batch() if scaled else 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's log, with loads, entropy, losses and moving weights since the last one."""
+        """Add loads, entropies, losses and adaptive weights since the last log to the trainer's log."""
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"
         values = self._routing_log[mode]
-        for key, some in values.items():
-            logs[prefix + key] = sum(some) / len(some)
+        for key, numbers in values.items():
+            logs[prefix + key] = sum(numbers) / len(numbers)
         if mode == "train" and values:
-            logs.update(self._movers.report())
+            logs.update(self._updates.report())
         values.clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
