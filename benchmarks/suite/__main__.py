@@ -4,9 +4,9 @@
     python -m benchmarks.suite --quick --out /tmp/b   # under a minute, tiny sizes: does everything run?
     python -m benchmarks.suite --levels layer models  # some of it
 
-Every contestant is compared with the reference loop before it is timed, and a failure ends the run: nothing
-is printed or kept. Results are appended to benchmarks/results/<date>-<machine>-bench.md, with one JSON line
-per contestant and point beside it, and a picture.
+Every method is compared with the reference loop before it is timed, and a failure ends the run without any
+output. Results are appended to benchmarks/results/<date>-<machine>-bench.md; beside it are a picture and a
+file with one JSON line per method and point.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from . import layers, loading, memory, models, picture, profile, routers
-from .contestants import UnavailableError
 from .goals import goals
 from .machine import REPO, Peaks, machine_name, measure_peaks, processor, versions
 from .mergoo import install
+from .methods import UnavailableError
 from .parity import ParityError
 from .report import tables
 from .results import Row
@@ -34,7 +34,7 @@ LEVELS = ("models", "layer", "memory", "loading", "routers")
 
 
 def main(words: list[str] | None = None) -> int:
-    """Measure, then print and keep; 1 if a contestant fails its parity check."""
+    """Measure, print and save; return 1 if a method fails its parity check."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +42,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results")
     args = parser.parse_args(words)
-    # CPU time of one thread is the only steady clock on a shared machine.
+    # On a shared machine only the CPU time of one thread is a steady clock.
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     start = time.monotonic()
@@ -50,7 +50,7 @@ def main(words: list[str] | None = None) -> int:
         try:
             install()
         except UnavailableError as reason:
-            print(reason, file=sys.stderr)  # it is then left out, and said to be
+            print(reason, file=sys.stderr)  # the report then says that mergoo is left out
     peaks = measure_peaks(256, 8) if args.quick else measure_peaks()
     try:
         rows, notes = measure(args.levels, peaks, args.quick)
@@ -69,16 +69,16 @@ def main(words: list[str] | None = None) -> int:
 
 
 def measure(levels: list[str], peaks: Peaks, quick: bool) -> tuple[list[Row], list[str]]:
-    """Rows of the levels, in the order of ``LEVELS``, and who was left out of them and why."""
+    """Return the rows of all levels, in the order of ``LEVELS``, and the methods left out, with reasons."""
     start = time.monotonic()
     left_out: list[str] = []
 
-    def say(what: str) -> None:
-        if " is left out: " in what:
-            if what in left_out:
+    def say(message: str) -> None:
+        if " is left out: " in message:
+            if message in left_out:
                 return
-            left_out.append(what)
-        print(f"{time.monotonic() - start:6.0f} s  {what}", file=sys.stderr, flush=True)
+            left_out.append(message)
+        print(f"{time.monotonic() - start:6.0f} s  {message}", file=sys.stderr, flush=True)
 
     rows: list[Row] = []
     if "models" in levels:
@@ -95,20 +95,20 @@ def measure(levels: list[str], peaks: Peaks, quick: bool) -> tuple[list[Row], li
 
 
 def heading(peaks: Peaks, quick: bool, seconds: float) -> str:
-    """When, where, with what."""
+    """Return the date, the machine, the versions and the way of measuring."""
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     kind = "Quick run: sizes too small to mean anything. " if quick else ""
     return (
         f"## Benchmark, {_now():%Y-%m-%d %H:%M} UTC\n\n{kind}{processor()}; {used}. One thread; CPU time "
-        "of that thread; contestants take turns within a round, short calls after an uncounted one "
+        "of that thread; methods take turns within a round, short calls after an uncounted one "
         "of their own; cells are medians (lower–upper quartile) of ratios within a round. "
-        f"Peaks measured here: {peaks}. Parity with the reference held for every contestant. "
+        f"Peaks measured here: {peaks}. Parity with the reference held for every method. "
         f"The run took {seconds / 60:.1f} minutes."
     )
 
 
 def keep(folder: Path, text: str, rows: list[Row], peaks: Peaks) -> None:
-    """Append the tables and the lines; draw the picture anew."""
+    """Append the tables and the JSON lines; redraw the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{_now():%Y-%m-%d}-{machine_name()}-bench"
     drawn = picture.draw(rows, folder / f"{stem}.png")

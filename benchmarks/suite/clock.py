@@ -1,9 +1,9 @@
-"""Time of several variants, taken turn by turn in one process.
+"""Times of several variants, which take turns in one process.
 
-The clock is the CPU time of one thread: other programs on the machine then cost no time, only cache. A short
-call follows an uncounted one of the same variant, as in a model that runs by itself: else it would pay for
-what its neighbour left in the caches and on the heap, up to a tenth of a layer. Ratios are taken within a
-round, between neighbours in time, and only then summarised.
+The clock is the CPU time of one thread: other programs on the machine then affect the caches only. A short
+call follows an uncounted call of the same variant. Without that, it would pay for the caches and the heap
+that the variant before it left behind, up to a tenth of a layer. Ratios are taken within a round, between
+calls close in time, and then summarised.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Times = dict[str, list[float]]
-# Seconds. What a neighbour leaves behind is a small part of longer calls, and the suite is to end in time.
+# Seconds. Longer calls are not repeated: the effect is small there, and the suite must stay short.
 _SHORT = 0.03
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is timed, and what must be done before each time."""
+    """A timed call, and the untimed preparation before it."""
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
@@ -28,7 +28,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Spread:
-    """Lower quartile, median, upper quartile."""
+    """The lower quartile, the median and the upper quartile."""
 
     low: float
     middle: float
@@ -39,19 +39,19 @@ class Spread:
 
 
 def spread(values: list[float]) -> Spread:
-    """Summary of at least two values."""
+    """Summarise at least two values."""
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def interleave(
     variants: Mapping[str, Variant], *, budget: float, fewest: int = 5, most: int = 25, inner: int = 1
 ) -> Times:
-    """Seconds per call of every variant, one entry per round.
+    """Return the seconds per call of every variant, one entry per round.
 
     Args:
-        variants: by name. Every round runs all of them, each time from the next one on.
-        budget: seconds of CPU that the rounds may take together; a first, uncounted round warms up and tells
-            how many fit.
+        variants: variants by name. Every round runs all of them; each round starts with the next variant.
+        budget: CPU seconds of all rounds together. A first, uncounted round warms up and measures how many
+            rounds fit.
         fewest, most: bounds of the number of rounds.
         inner: calls per entry, for calls too short for the clock.
     """
@@ -59,7 +59,7 @@ def interleave(
     start = time.process_time()
     short = {name for name in names if inner * _once(variants[name], inner) < _SHORT}
     spent = time.process_time() - start
-    # The calls before the counted ones take their share of the budget.
+    # The uncounted calls use up part of the budget.
     rounds = int(budget / max(spent * (2 if len(short) > len(names) / 2 else 1), 1e-6))
     times: Times = {name: [] for name in names}
     for number in range(min(max(rounds, fewest), most)):
@@ -72,7 +72,7 @@ def interleave(
 
 
 def ratios(times: Times, name: str, to: str) -> Spread:
-    """One variant's time over another's, round by round."""
+    """Return the ratio of two variants' times, round by round."""
     return spread([a / b for a, b in zip(times[name], times[to], strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""One set of experts for every contestant of a case: the same numbers, so that the same sum comes out.
+"""One set of experts for all methods of a case, so that all of them compute the same sum.
 
 Letters: E experts, r rank of one, I in, O out.
 """
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 DTYPE = torch.bfloat16
-NAME = "bench_name"  # of every linear layer that is adapted; copies of the base keep it
+NAME = "bench_name"  # attribute of each adapted linear layer; copies of the base keep it
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: E experts of rank r, k of them per token (None: all) on a base.
+    """A measured case: E experts of rank r on a base, k of them per token (None: all).
 
     Attributes:
         experts, rank, top_k: E, r, k.
-        width, out: I and O of one layer; None measures the whole model.
-        batch, tokens: of one call; a layer sees batch·tokens rows.
+        width, out: I and O of one layer; None stands for the whole model.
+        batch, tokens: size of one call; a layer sees batch·tokens rows.
+        sizes: the model's dimensions.
     """
 
     experts: int = 16
@@ -36,7 +37,7 @@ class Case:
 
     @property
     def active(self) -> int:
-        """Experts per token."""
+        """Return the number of experts per token."""
         return self.experts if self.top_k is None else self.top_k
 
     def __str__(self) -> str:
@@ -58,7 +59,7 @@ TINY_LLAMA = {**LLAMA, "vocab_size": 64, "hidden_size": 32, "intermediate_size":
 
 
 def make_base(case: Case) -> nn.Module:
-    """The frozen base in bf16: one linear layer in a ``Sequential``, or a Llama of the case's sizes."""
+    """Make the frozen base in bf16: one linear layer in a ``Sequential``, or a Llama of the case's sizes."""
     torch.manual_seed(0)
     if case.width is None:
         base: nn.Module = LlamaForCausalLM(LlamaConfig(**case.sizes))
@@ -71,19 +72,19 @@ def make_base(case: Case) -> nn.Module:
 
 
 def adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Layers that a contestant wraps around the base's, under the base's names, each once."""
+    """Return the layers that a method wraps around the base's, each once, by the base's names."""
     wrappers = {}
     for module in model.modules():
         name = getattr(getattr(module, "base_layer", None), NAME, None)
         if name is not None:
-            wrappers.setdefault(name, module)  # the outermost comes first
+            wrappers.setdefault(name, module)  # the outermost wrapper comes first
     return list(wrappers.items())
 
 
 class Experts:
-    """A, B and a router for every linear layer of a base, random, in the base's dtype.
+    """Random A, B and router for every linear layer of a base, in the base's dtype.
 
-    The experts' sum is about as large as the layer's own output, so that no parity check can miss it.
+    The experts' sum is about as large as the layer's output, so that a parity check sees any error.
     """
 
     def __init__(self, base: nn.Module, case: Case) -> None:
@@ -99,20 +100,20 @@ class Experts:
             O, I = module.weight.shape  # noqa: E741  # the shape legend's letters
             draw = torch.randn(case.experts, case.rank, I + O, generator=generator)
             self.A[name] = (draw[..., :I] / I**0.5).to(DTYPE)
-            loud = module.weight.float().std() * (I / case.rank) ** 0.5
-            self.B[name] = (draw[..., I:] * loud).to(DTYPE)
+            std = module.weight.float().std() * (I / case.rank) ** 0.5
+            self.B[name] = (draw[..., I:] * std).to(DTYPE)
             self.router[name] = (torch.randn(case.experts, I, generator=generator) / I**0.5).to(DTYPE)
 
     @property
     def names(self) -> list[str]:
-        """Of the adapted layers."""
+        """Return the names of the adapted layers."""
         return list(self.A)
 
     @property
     def targets(self) -> list[str]:
-        """The same for PEFT, by the last part of the name."""
+        """Return PEFT's target modules: the last part of each name."""
         return sorted({name.rpartition(".")[2] for name in self.A})
 
     def stacked(self, name: str, count: int) -> tuple[Tensor, Tensor]:
-        """A [R, I] and B [R, O] of the first ``count`` experts on one rank axis."""
+        """Return A [R, I] and B [R, O] of the first ``count`` experts on one rank axis."""
         return self.A[name][:count].flatten(0, 1), self.B[name][:count].flatten(0, 1)

@@ -1,8 +1,8 @@
-"""The least time that the necessary work can take on this machine.
+"""The shortest time that the necessary work can take on this machine.
 
-Counted: the base's products, those of the k experts that each token chose, and every array that they
-must read or write once. Not counted: the router, norms, activations. A floor is the longer of
-arithmetic and traffic.
+It counts the base's products, those of each token's k chosen experts, and each array that they must read or
+write once. It does not count the router, norms and activations. A floor is the longer one of arithmetic and
+memory traffic.
 
 Letters: N tokens, I in, O out, R active rank, E experts.
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from .experts import DTYPE, Case
 from .machine import Peaks
 
-BYTES = 2  # of a bf16 number
+BYTES = 2  # per bf16 number
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Of the base alone and of what the experts add to it; FLOPs, bytes, seconds."""
+    """FLOPs, bytes and seconds of the base with its experts; ``added`` is the experts' part in seconds."""
 
     flops: float
     bytes: float
@@ -38,17 +38,19 @@ class Floor:
 def linear_floor(
     width: int, out: int, tokens: int, active: float, touched: float, peaks: Peaks, passes: int = 1
 ) -> Floor:
-    """One linear layer with experts.
+    """Return the floor of one linear layer with experts.
 
     Args:
         width, out, tokens: I, O, N.
-        active: ranks that a token uses; touched: ranks that any of them uses, whose weights are read.
+        active: ranks that one token uses.
+        touched: ranks that any token uses, whose weights are read.
+        peaks: the machine's rates.
         passes: 1 forward; 2 with the backward pass to the input, experts frozen.
     """
     base = 2.0 * tokens * width * out, BYTES * (tokens * (width + out) + width * out)
     experts = (
         2.0 * tokens * active * (width + out),
-        # The input is read, the output read and written.
+        # The input is read; the output is read and written.
         BYTES * (tokens * (width + 2 * out) + touched * (width + out)) if active else 0.0,
     )
     seconds = [max(f / peaks.flops[DTYPE], b / peaks.bytes) * passes for f, b in (base, experts)]
@@ -58,7 +60,7 @@ def linear_floor(
 
 
 def ranks(case: Case, name: str, tokens: int) -> tuple[float, float]:
-    """(active, touched) ranks of a contestant: a LoRA's own, or those of k experts of E."""
+    """Return the active and the touched ranks of a method: those of a LoRA, or of k experts of E."""
     r, E = case.rank, case.experts
     fixed = {"base": 0, "LoRA r": r, "LoRA k·r": case.active * r, "LoRA E·r": E * r}
     if name in fixed:
@@ -68,7 +70,7 @@ def ranks(case: Case, name: str, tokens: int) -> tuple[float, float]:
 
 
 def floor(case: Case, name: str, peaks: Peaks, *, passes: int = 1, decoding: bool = False) -> Floor:
-    """Of one call of a contestant: a layer, a prefill, a training step, or one step of decoding."""
+    """Return the floor of one call of a method: a layer, a prefill, a training step, or a decode step."""
     tokens = 1 if decoding else case.batch * case.tokens
     active, touched = ranks(case, name, tokens)
     if case.width is not None and case.out is not None:
@@ -80,7 +82,7 @@ def floor(case: Case, name: str, peaks: Peaks, *, passes: int = 1, decoding: boo
     layer = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]
     for width, out in layer * sizes["num_hidden_layers"]:
         total += linear_floor(width, out, tokens, active, touched, peaks, passes)
-    if not decoding:  # scores and their product with the values, causal
+    if not decoding:  # attention scores and their product with the values, causal
         attention = passes * 2.0 * case.batch * case.tokens**2 * hidden * sizes["num_hidden_layers"]
         total += Floor(attention, 0, attention / peaks.flops[DTYPE], 0)
     return total

@@ -1,4 +1,4 @@
-"""The project's own goals, each with the figure of this run: met or missed."""
+"""The project's goals, each with this run's figure: met or missed."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ Line = tuple[str, str, bool]
 
 
 def goals(rows: list[Row], bounds: dict[str, str] | None = None) -> str:
-    """A table; empty when nothing that a goal asks about was measured.
+    """Return a table, or an empty string if no goal was measured.
 
     Args:
-        rows: of the run.
+        rows: the run's rows.
         bounds: for each step, the operations that take longer than in one LoRA of the same total rank.
     """
-    found = list(_lines(rows))
-    if not found:
+    lines = list(_lines(rows))
+    if not lines:
         return ""
-    body = [f"| {what} | {value} | {'met' if met else '**missed**'} |" for what, value, met in found]
-    missed = [what for what, _, met in found if not met]
-    for step, dear in (bounds or {}).items():
-        if any(what.startswith(step[:5]) for what in missed):
-            body += ["", f"What bounds {step}, in ms beyond one LoRA of the same total rank: {dear}."]
+    body = [f"| {goal} | {value} | {'met' if met else '**missed**'} |" for goal, value, met in lines]
+    missed = [goal for goal, _, met in lines if not met]
+    for step, operations in (bounds or {}).items():
+        if any(goal.startswith(step[:5]) for goal in missed):
+            body += ["", f"What bounds {step}, in ms beyond one LoRA of the same total rank: {operations}."]
     return "\n".join(["### Goals", "", "| goal | measured | |", "|---|---|---|", *body])
 
 
 def _lines(rows: list[Row]) -> Iterator[Line]:
     yield from _against_one_lora(rows)
-    one, other = (_find(rows, "growth, prefill", replace(GOAL, experts=count), OURS) for count in (8, 128))
-    if one is not None and other is not None:
-        ratio = other.to["base"].middle / one.to["base"].middle
+    few, many = (_find(rows, "growth, prefill", replace(GOAL, experts=count), OURS) for count in (8, 128))
+    if few is not None and many is not None:
+        ratio = many.to["base"].middle / few.to["base"].middle
         yield "prefill at E=128 ≤ 1.6 × E=8, r=16", f"{ratio:.2f}", ratio <= 1.6
     for level, bound in (("prefill", 8.0), ("decode", 13.0)):
         yield from _faster(rows, level, "PEFT X-LoRA", bound)
@@ -50,67 +50,67 @@ def _against_one_lora(rows: list[Row]) -> Iterator[Line]:
         row = _find(rows, level, GOAL, OURS)
         if row is not None:
             ratio = row.to[TOTAL].middle
-            what = f"{level} ≤ 1.10 × one LoRA of the same total rank, E=8, r=16"
-            yield what, f"{ratio:.2f}", ratio <= 1.10
+            goal = f"{level} ≤ 1.10 × one LoRA of the same total rank, E=8, r=16"
+            yield goal, f"{ratio:.2f}", ratio <= 1.10
     row, lora, base = (_find(rows, "decode", GOAL, name) for name in (OURS, TOTAL, "base"))
     if row is not None and lora is not None and base is not None:
         ratio = (_ms(row) - _ms(base)) / (_ms(lora) - _ms(base))
-        what = "decoding: added time per token ≤ 1.25 × that of one LoRA of the same total rank, E=8, r=16"
-        yield what, f"{ratio:.2f}", ratio <= 1.25
+        goal = "decoding: added time per token ≤ 1.25 × that of one LoRA of the same total rank, E=8, r=16"
+        yield goal, f"{ratio:.2f}", ratio <= 1.25
     row, lora = (_find(rows, "memory", FULL, name) for name in (OURS, TOTAL))
     if row is not None and lora is not None:
         here, there = row.extra["allocated_mib"], lora.extra["allocated_mib"]
-        what = "peak memory of a training step ≤ that of one LoRA of the same total rank, E=16, r=8"
+        goal = "peak memory of a training step ≤ that of one LoRA of the same total rank, E=16, r=8"
         process = f"resident {row.extra['resident_mib']:.0f} against {lora.extra['resident_mib']:.0f}, ± 15"
-        yield what, f"{here:.1f} against {there:.1f} MiB allocated ({process})", here <= there
+        yield goal, f"{here:.1f} against {there:.1f} MiB allocated ({process})", here <= there
 
 
 def _loading(rows: list[Row]) -> Iterator[Line]:
     for row in rows:
         if row.level == "loading":
-            found = row.extra
-            bound = found["mixture_mib"] + found["adapter_mib"]
-            what = f"loading {found['experts']} adapters peaks at the mixture + one of them"
-            yield what, f"{found['peak_mib']:.0f} of {bound:.0f} MiB", found["peak_mib"] <= bound
-            later, inside = found["import_seconds"], found["injection_seconds"]
-            yield "import ≤ 0.3 s above PEFT's own", f"{later:.2f} s", later <= 0.3
-            yield "8 experts in the 30M model in under 1 s", f"{inside:.2f} s", inside < 1
+            figures = row.extra
+            bound = figures["mixture_mib"] + figures["adapter_mib"]
+            goal = f"loading {figures['experts']} adapters peaks at the mixture + one of them"
+            yield goal, f"{figures['peak_mib']:.0f} of {bound:.0f} MiB", figures["peak_mib"] <= bound
+            importing, injecting = figures["import_seconds"], figures["injection_seconds"]
+            yield "import ≤ 0.3 s above PEFT's own", f"{importing:.2f} s", importing <= 0.3
+            yield "8 experts in the 30M model in under 1 s", f"{injecting:.2f} s", injecting < 1
 
 
 def _against_peers(rows: list[Row]) -> Iterator[Line]:
-    compared = [row for row in rows if row.contestant == OURS and BEST_PEER in row.to]
+    compared = [row for row in rows if row.method == OURS and BEST_PEER in row.to]
     if compared:
         worst = max(compared, key=lambda row: row.to[BEST_PEER].middle)
         slower = sum(row.to[BEST_PEER].middle > 1 for row in compared)
-        found = (
+        figure = (
             f"slower at {slower} of {len(compared)} points; worst {worst.to[BEST_PEER].middle:.2f} × "
             f"{worst.extra['best_peer']} ({worst.level}, {worst.step}, {worst.case})"
         )
-        yield "never slower than any peer", found, slower == 0
+        yield "never slower than any peer", figure, slower == 0
 
 
 def _sparse_path(rows: list[Row]) -> Iterator[Line]:
-    found = [
+    ratios = [
         row.added_over_floor
         for row in rows
-        if (row.level, row.contestant) == ("layer", f"{OURS}, grouped")
+        if (row.level, row.method) == ("layer", f"{OURS}, grouped")
         and row.case.batch * row.case.tokens > 1
         and row.added_over_floor is not None
     ]
-    if found:
-        what = "the sparse path at most 3.5–15 × its floor (it stood at 7–30 ×)"
-        yield what, f"{min(found):.1f}–{max(found):.1f} ×", max(found) <= 15
+    if ratios:
+        goal = "the sparse path at most 3.5–15 × its floor (it was at 7–30 ×)"
+        yield goal, f"{min(ratios):.1f}–{max(ratios):.1f} ×", max(ratios) <= 15
 
 
 def _faster(rows: list[Row], level: str, other: str, bound: float) -> Iterator[Line]:
-    one, peer = _find(rows, level, FULL, OURS), _find(rows, level, FULL, other)
-    if one is not None and peer is not None:
-        ratio = _ms(peer) / _ms(one)
+    ours, peer = _find(rows, level, FULL, OURS), _find(rows, level, FULL, other)
+    if ours is not None and peer is not None:
+        ratio = _ms(peer) / _ms(ours)
         yield f"{level} ≥ {bound:.0f} × as fast as {other}, E=16, r=8", f"{ratio:.1f}", ratio >= bound
 
 
 def _find(rows: list[Row], level: str, case: Case, name: str) -> Row | None:
-    return next((r for r in rows if (r.level, r.case, r.contestant) == (level, case, name)), None)
+    return next((r for r in rows if (r.level, r.case, r.method) == (level, case, name)), None)
 
 
 def _ms(row: Row) -> float:

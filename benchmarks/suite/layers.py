@@ -1,4 +1,4 @@
-"""Level "layer": one linear layer of the base, over numbers of experts, ranks and choices."""
+"""Level "layer": one linear layer of the base, for several numbers of experts, ranks and choices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .clock import Variant, interleave
-from .contestants import Contestant, build
 from .experts import DTYPE, Case
 from .floors import floor
 from .machine import Peaks
+from .methods import Method, build
 from .parity import admit
 from .results import Row, make_rows
 
@@ -24,7 +24,7 @@ RANKS = (4, 8, 16, 32, 64)
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """E × r at top-2; top-1 and dense over E at r=16; a wide layer; and one token at a time."""
+    """Yield E × r at top-2; top-1 and dense over E at r=16; a wide layer; and single tokens."""
     if quick:
         small = replace(SIDE, width=64, out=96, tokens=16)
         yield from (replace(small, experts=2, rank=4), replace(small, experts=8, top_k=None))
@@ -36,19 +36,19 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def measure(peaks: Peaks, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
-    """Forward of every case, and forward and backward with the router alone in training."""
+    """Measure each case forward, and forward and backward where only the router trains."""
     for case in cases(quick):
-        contestants, missing, experts = build(case)
+        methods, missing, experts = build(case)
         torch.manual_seed(2)
         x_BTI = torch.randn(case.batch, case.tokens, case.width or 0).to(DTYPE)
-        contestants = admit(contestants, experts, x_BTI, missing)
+        methods = admit(methods, experts, x_BTI, missing)
         for name, reason in missing.items():
             say(f"{name} is left out: {reason}")
         one_token = case.batch * case.tokens == 1
         for step, passes in (("forward", 1), ("router training", 2)):
             if one_token and passes == 2:
                 continue
-            variants = {name: _variant(c, x_BTI, passes) for name, c in contestants.items()}
+            variants = {name: _variant(c, x_BTI, passes) for name, c in methods.items()}
             with torch.no_grad() if passes == 1 else nullcontext():
                 times = interleave(
                     variants,
@@ -61,25 +61,25 @@ def measure(peaks: Peaks, quick: bool, say: Callable[[str], None]) -> Iterator[R
                 step,
                 case,
                 times,
-                contestants,
+                methods,
                 lambda name, c=case, p=passes: floor(c, name, peaks, passes=p),
             )
         say(f"layer: {case}")
 
 
-def _variant(contestant: Contestant, x_BTI: Tensor, passes: int) -> Variant:
+def _variant(method: Method, x_BTI: Tensor, passes: int) -> Variant:
     if passes == 1:
-        return Variant(lambda: contestant.model(x_BTI))
-    # A single LoRA is frozen here as the experts are: only the way to the input counts.
-    trains = contestant.trains if contestant.mixes else []
-    for parameter in contestant.model.parameters():
+        return Variant(lambda: method.model(x_BTI))
+    # A single LoRA is frozen here like the experts: its backward pass goes to the input only.
+    trains = method.trains if method.mixes else []
+    for parameter in method.model.parameters():
         parameter.requires_grad_(any(parameter is p for p in trains))
     leaf = x_BTI.clone().requires_grad_()
     with torch.no_grad():
-        gradient = torch.randn_like(contestant.model(x_BTI))
+        gradient = torch.randn_like(method.model(x_BTI))
 
     def run() -> None:
-        contestant.model(leaf).backward(gradient)
+        method.model(leaf).backward(gradient)
         leaf.grad = None
         for parameter in trains:
             parameter.grad = None

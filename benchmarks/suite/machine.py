@@ -1,4 +1,4 @@
-"""What was measured where: versions, commit, processor, and the peaks that floors are computed from."""
+"""The machine of a run: versions, commit, processor, and the peak rates that floors are computed from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "peft", "transformers", "peft-moe")
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of one thread: products in FLOP/s by dtype, and memory traffic in bytes/s."""
+    """Peak rates of one thread: products in FLOP/s by dtype, and memory traffic in bytes/s."""
 
     flops: dict[torch.dtype, float]
     bytes: float
@@ -33,51 +33,51 @@ class Peaks:
 
 
 def measure_peaks(size: int = 1024, megabytes: int = 128) -> Peaks:
-    """The best of a few large products, and of a few copies far beyond the caches (bytes read + written)."""
+    """Measure the best of a few large products, and of a few large copies (bytes read + written)."""
     flops = {}
     for dtype in (torch.bfloat16, torch.float32):
-        one, other = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        flops[dtype] = 2 * size**3 / _best(lambda a=one, b=other: a @ b)
+        left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        flops[dtype] = 2 * size**3 / _best(lambda a=left, b=right: a @ b)
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8)
     target = torch.empty_like(source)
     return Peaks(flops, 2 * source.numel() / _best(lambda: target.copy_(source)))
 
 
 def processor() -> str:
-    """The model's name, as the system gives it."""
+    """Return the processor's model name, as the system reports it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def machine_name() -> str:
-    """For file names: processor and cores."""
+    """Return processor and cores, for file names."""
     words = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
     return f"{words}-{os.cpu_count()}-cores"
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of every package that is measured, and the commit, marked if files differ from it."""
-    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Return the versions of Python and the packages, and the commit, marked if files differ from it."""
+    packages = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        **found,
+        **packages,
         "commit": (_git("rev-parse", "--short", "HEAD") or "?") + (" + changes" if changed else ""),
     }
 
 
 def in_fresh_process(module: str, words: list[str]) -> dict[str, Any]:
-    """What ``python -m module words`` prints as JSON on its last line; nothing of this process is in its way.
+    """Run ``python -m module words`` in a fresh process and parse its last line as JSON.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        RuntimeError: it failed; the message ends with its error output.
     """
     command = [sys.executable, "-W", "ignore", "-m", module, *words]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{module} {' '.join(words)}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{module} {' '.join(words)}: {process.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def _git(*words: str) -> str:

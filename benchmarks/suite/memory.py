@@ -1,12 +1,12 @@
-"""Level "memory": one training step in a process of its own, per contestant.
+"""Level "memory": one training step in a fresh process, for each method.
 
     python -m benchmarks.suite.memory "ours" --experts 16 --rank 8        # prints one JSON object
 
-Allocated: the most bytes that torch's allocator had given out at one time for the step, counted call by
-call, the same in every run; what oneDNN and MKL take for themselves is not among them. Resident: how far the
-process rises above what it was before the step, by the kernel's own high-water mark, which varies by ±15 MiB
-with how the C library reuses memory. Saved: bytes that autograd keeps between forward and backward, each
-storage once, weights excluded.
+"Allocated" is the peak of the step's bytes from torch's allocator, counted call by call. It is the same in
+every run, and it excludes the memory of oneDNN and MKL. "Resident" is the rise of the process's resident set
+during the step, by the kernel's high-water mark. It varies by ±15 MiB, because the C library reuses memory
+differently. "Saved" is the number of bytes that autograd keeps between forward and backward, each storage
+once, without weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from .contestants import build
 from .experts import TINY_LLAMA, Case
 from .machine import in_fresh_process
+from .methods import build
 from .models import FULL, training_step
 from .parity import check
 from .results import Row
@@ -47,7 +47,7 @@ NAMES = (
 
 
 def measure(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
-    """A row per contestant, each from a fresh process."""
+    """Yield one row per method, each from a fresh process."""
     case = replace(FULL, experts=4, sizes=TINY_LLAMA, tokens=48) if quick else FULL
     for name in NAMES[-3:-1] if quick else NAMES:
         words = [
@@ -58,26 +58,26 @@ def measure(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
             str(case.rank),
             *(["--tiny"] if quick else []),
         ]
-        found = in_fresh_process("benchmarks.suite.memory", words)
-        if "missing" in found:
-            say(f"{name} is left out: {found['missing']}")
+        figures = in_fresh_process("benchmarks.suite.memory", words)
+        if "missing" in figures:
+            say(f"{name} is left out: {figures['missing']}")
             continue
-        yield Row("memory", "training step", case, name, extra=found)
+        yield Row("memory", "training step", case, name, extra=figures)
         say(f"memory: {name}")
 
 
 def step_memory(name: str, case: Case) -> dict[str, object]:
-    """Peak and saved bytes of one step, after one that warmed up."""
-    contestants, missing, experts = build(case, [name])
-    if name not in contestants:
-        return {"missing": missing.get(name, "there is no such contestant")}
-    contestant = contestants[name]
+    """Return the peak and the saved bytes of one step, after a warm-up step."""
+    methods, missing, experts = build(case, [name])
+    if name not in methods:
+        return {"missing": missing.get(name, "no method has this name")}
+    method = methods[name]
     torch.manual_seed(2)
     ids = torch.randint(0, case.sizes["vocab_size"], (case.batch, case.tokens))
-    check(name, contestant, experts, ids[:, :16])
-    step = training_step(contestant, ids)
+    check(name, method, experts, ids[:, :16])
+    step = training_step(method, ids)
     step.run()
-    saved = _saved_bytes(contestant.model, step.run)
+    saved = _saved_bytes(method.model, step.run)
     allocated = allocated_peak(step.run)
     before = reset_peak()
     step.run()
@@ -91,21 +91,21 @@ def step_memory(name: str, case: Case) -> dict[str, object]:
 
 def _saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def allocated_peak(run: Callable[[], object]) -> int:
-    """The most bytes in use at one time that torch's CPU allocator gave out while ``run`` ran."""
+    """Return the peak of bytes in use that torch's CPU allocator gave out during ``run``."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     results = profiler.profiler.kineto_results  # type: ignore[union-attr]
@@ -115,26 +115,26 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 
 def reset_peak() -> int:
-    # What was freed goes back to the system first, else a step finds its memory there and no peak rises.
+    # Freed memory goes back to the system first; else the step would reuse it and the peak would not rise.
     gc.collect()
-    with suppress(AttributeError):  # of other C libraries than glibc
+    with suppress(AttributeError):  # other C libraries than glibc have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present size
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the present size
     return status("VmRSS")
 
 
 def status(word: str) -> int:
-    found = re.search(rf"{word}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, word
-    return 1024 * int(found[1])
+    match = re.search(rf"{word}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, word
+    return 1024 * int(match[1])
 
 
 def main() -> None:
-    """One contestant, in this process."""
+    """Measure one method in this process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="of the contestant")
+    parser.add_argument("name", help="name of the method")
     parser.add_argument("--experts", type=int, default=FULL.experts)
     parser.add_argument("--rank", type=int, default=FULL.rank)
     parser.add_argument("--tiny", action="store_true", help="a model of one small layer")

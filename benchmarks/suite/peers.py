@@ -1,7 +1,8 @@
-"""Other mixtures of LoRA experts, as installed: PEFT's X-LoRA and Arrow, and mergoo's layer.
+"""Other projects' mixtures of LoRA experts, as installed: PEFT's X-LoRA and Arrow, and mergoo's layer.
 
-Each is given what favours it: adapters in the base's dtype, experts frozen; X-LoRA's single layer without its
-second pass of the base; mergoo with a gate of the layer's width, without which it breaks on `down_proj`.
+Each runs in a setting that favours it: adapters in the base's dtype, frozen experts, X-LoRA's single layer
+without its second pass of the base. mergoo gets a gate of the layer's width; with its own gate it fails on
+`down_proj`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .contestants import Contestant
 from .experts import DTYPE, Case, Experts, adapted
 from .mergoo import moe_layer_class
+from .methods import Method
 
 
 def _loras(base: nn.Module, experts: Experts) -> Any:
-    """A PEFT model with one LoRA adapter per expert, named "0", "1", …, all frozen."""
+    """Make a PEFT model with one frozen LoRA adapter per expert, named "0", "1", …."""
     config = LoraConfig(r=experts.rank, lora_alpha=experts.rank, target_modules=experts.targets)
     model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=False)
     for expert in range(1, experts.count):
@@ -41,8 +42,8 @@ def _fill(model: nn.Module, experts: Experts) -> None:
             layer.lora_B[str(expert)].weight.data = experts.B[name][expert].T.contiguous()
 
 
-def arrow(base: nn.Module, experts: Experts, case: Case) -> Contestant:
-    """PEFT's Arrow: prototypes from the experts themselves, nothing to train."""
+def arrow(base: nn.Module, experts: Experts, case: Case) -> Method:
+    """Make PEFT's Arrow: its prototypes come from the experts, and nothing is trained."""
     model = _loras(base, experts)
     settings = ArrowConfig(top_k=case.active, rng_seed=0)
     settings.task_adapter_names = [str(expert) for expert in range(experts.count)]
@@ -52,28 +53,28 @@ def arrow(base: nn.Module, experts: Experts, case: Case) -> Contestant:
     model.requires_grad_(False)
 
     def gates(layer: Any, name: str, x_NI: Tensor) -> Tensor:
-        # Softmax over the k prototypes that lie along the input, either way (arXiv 2405.11157).
+        # Softmax over the k prototypes with the largest absolute product with the input (arXiv 2405.11157).
         scores_NE = (x_NI @ layer.lora_arrow["arrow_router"].prototypes.T).abs()
         return _top(scores_NE, case.active)
 
-    return Contestant(model, gates, experts.count, peer=True)
+    return Method(model, gates, experts.count, peer=True)
 
 
-def xlora(base: nn.Module, experts: Experts, case: Case) -> Contestant:
-    """PEFT's X-LoRA as documented: all experts, weighed by a classifier on a first pass of the bare base."""
+def xlora(base: nn.Module, experts: Experts, case: Case) -> Method:
+    """Make PEFT's X-LoRA as documented: a classifier on a first pass of the bare base weighs all experts."""
     if case.width is not None:
         return _xlora_layer(base, experts)
     with tempfile.TemporaryDirectory() as folder:
         _loras(copy.deepcopy(base), experts).save_pretrained(folder)
-        base.config.use_cache = False  # it refuses a base that caches
+        base.config.use_cache = False  # X-LoRA refuses a base with a KV cache
         config = XLoraConfig(
             task_type="CAUSAL_LM",
             hidden_size=base.config.hidden_size,
             adapters={str(expert): f"{folder}/{expert}" for expert in range(experts.count)},
         )
         model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    model.to(DTYPE)  # it loads adapters in float32, at twice the traffic
-    _fill(model, experts)  # it must be given numbers for names, under which PEFT loses keys on saving
+    model.to(DTYPE)  # X-LoRA loads adapters in float32, which doubles the traffic
+    _fill(model, experts)  # X-LoRA needs numbers as names, and PEFT loses keys of such adapters on saving
     tuner = model.base_model
     order = {name: number for number, (name, _) in enumerate(adapted(model))}
 
@@ -81,18 +82,18 @@ def xlora(base: nn.Module, experts: Experts, case: Case) -> Contestant:
         return tuner.internal_xlora_scalings[:, :, order[name]].reshape(-1, experts.count)
 
     trains = list(tuner.internal_xlora_classifier.parameters())
-    return Contestant(model, gates, experts.count, trains, caches=False, peer=True)
+    return Method(model, gates, experts.count, trains, caches=False, peer=True)
 
 
 class _XLoraLayer(nn.Module):
-    """X-LoRA's own layer with a classifier on its input, in place of one on the base's last hidden state."""
+    """X-LoRA's layer with a classifier on its input instead of one on the base's last hidden state."""
 
     def __init__(self, layer: nn.Module, weight_EI: Tensor) -> None:
         super().__init__()
         self.inner = layer
         self.classifier = nn.Parameter(weight_EI)
         self.forward_inner = XLoraLinearLayer(
-            model=SimpleNamespace(disabled=False),  # type: ignore[arg-type]  # all that it asks of the tuner
+            model=SimpleNamespace(disabled=False),  # type: ignore[arg-type]  # it reads nothing else of the tuner
             target=layer,
             target_forward=layer.forward,
             layer_number=0,
@@ -110,13 +111,13 @@ class _XLoraLayer(nn.Module):
         return self.forward_inner(x, scalings=self.decide(x).unsqueeze(2))
 
 
-def _xlora_layer(base: nn.Module, experts: Experts) -> Contestant:
+def _xlora_layer(base: nn.Module, experts: Experts) -> Method:
     loras = _loras(base, experts)
     loras.base_model.set_adapter([str(expert) for expert in range(experts.count)])
     loras.requires_grad_(False)
     (name, layer) = adapted(loras)[0]
     wrapped = _XLoraLayer(layer, experts.router[name].clone())
-    return Contestant(
+    return Method(
         nn.Sequential(wrapped),
         lambda layer, name, x: wrapped.decide(x),
         experts.count,
@@ -125,8 +126,8 @@ def _xlora_layer(base: nn.Module, experts: Experts) -> Contestant:
     )
 
 
-def mergoo(base: nn.Module, experts: Experts, case: Case) -> Contestant:
-    """mergoo's layer of LoRA experts, taken from its package, in place of the base's linear layers."""
+def mergoo(base: nn.Module, experts: Experts, case: Case) -> Method:
+    """Replace the base's linear layers by mergoo's layer of LoRA experts, from its package."""
     layer_class = moe_layer_class()
     adapter = {
         "r": experts.rank,
@@ -138,9 +139,9 @@ def mergoo(base: nn.Module, experts: Experts, case: Case) -> Contestant:
     }
     trains = []
     for name in experts.names:
-        parent, _, last = name.rpartition(".")
-        holder = base.get_submodule(parent)
-        linear = getattr(holder, last)
+        parent_name, _, last = name.rpartition(".")
+        parent = base.get_submodule(parent_name)
+        linear = getattr(parent, last)
         config = SimpleNamespace(
             num_experts=experts.count,
             num_experts_per_tok=case.active,
@@ -152,20 +153,20 @@ def mergoo(base: nn.Module, experts: Experts, case: Case) -> Contestant:
         layer.base_layer = linear
         layer.gate.weight = nn.Parameter(experts.router[name].clone())
         trains.append(layer.gate.weight)
-        setattr(holder, last, layer)
+        setattr(parent, last, layer)
     _fill(base, experts)
 
     def gates(layer: Any, name: str, x_NI: Tensor) -> Tensor:
         return _top(layer.gate(x_NI), case.active)
 
-    return Contestant(base, gates, experts.count, trains, peer=True)
+    return Method(base, gates, experts.count, trains, peer=True)
 
 
 def _top(scores_NE: Tensor, count: int) -> Tensor:
-    """Softmax over the highest scores, zero elsewhere; scores keep their dtype until the choice is made."""
+    """Return the softmax over the highest scores, zero elsewhere; the choice is made in the scores' dtype."""
     values, chosen = torch.topk(scores_NE, count, dim=-1)
-    kept_NE = torch.full_like(scores_NE, -math.inf, dtype=torch.float32).scatter(-1, chosen, values.float())
-    return kept_NE.softmax(dim=-1)
+    masked_NE = torch.full_like(scores_NE, -math.inf, dtype=torch.float32).scatter(-1, chosen, values.float())
+    return masked_NE.softmax(dim=-1)
 
 
 PEERS = {"PEFT X-LoRA": xlora, "PEFT Arrow": arrow, "mergoo": mergoo}

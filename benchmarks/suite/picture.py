@@ -1,4 +1,4 @@
-"""The growth with the number of experts, drawn."""
+"""The picture of the growth with the number of experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from .results import OURS, Row
 
-# Fixed by name, so that two pictures of different runs can be compared.
+# Fixed per method, so that pictures of different runs can be compared.
 COLOURS = {
     OURS: "#c0392b",
     "LoRA k·r": "#95a5a6",
@@ -23,7 +23,7 @@ RANK = 16
 
 
 def draw(rows: list[Row], path: Path) -> bool:
-    """Time over that of the bare base against E, for one layer and for a prefill; False without such rows."""
+    """Draw the time relative to the bare base over E; return False if there are no rows to draw."""
     panels = {
         f"one layer, forward, r={RANK}, top-2": [
             row
@@ -42,7 +42,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     for number, (title, chosen) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
         for name, colour in COLOURS.items():
-            points = sorted((r.case.experts, r.to["base"]) for r in chosen if r.contestant == name)
+            points = sorted((r.case.experts, r.to["base"]) for r in chosen if r.method == name)
             if not points:
                 continue
             counts = [count for count, _ in points]
@@ -67,5 +67,5 @@ def draw(rows: list[Row], path: Path) -> bool:
 
 
 def counts_of(rows: list[Row]) -> list[int]:
-    """Numbers of experts, ascending."""
+    """Return the numbers of experts, ascending."""
     return sorted({row.case.experts for row in rows})

@@ -1,4 +1,4 @@
-"""Tables of a run, in Markdown."""
+"""The tables of a run, in Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .routers import GATELESS
 
 
 def tables(rows: list[Row]) -> str:
-    """Every level that was measured."""
+    """Return the tables of all measured levels."""
     parts = [
         *_models(rows),
         *_growth([row for row in rows if row.level.startswith("growth")]),
@@ -24,11 +24,11 @@ def tables(rows: list[Row]) -> str:
 
 
 def _models(rows: list[Row]) -> Iterable[str]:
-    wanted = [row for row in rows if row.level in ("prefill", "decode", "training")]
-    for (level, case), group in groupby(wanted, key=lambda row: (row.level, str(row.case))):
+    model_rows = [row for row in rows if row.level in ("prefill", "decode", "training")]
+    for (level, case), group in groupby(model_rows, key=lambda row: (row.level, str(row.case))):
         lines = [
             [
-                row.contestant,
+                row.method,
                 f"{row.milliseconds.middle:.1f}" if row.milliseconds else "",
                 _cell(row.to.get("base")),
                 _cell(row.to.get(TOTAL)),
@@ -46,11 +46,11 @@ def _growth(rows: list[Row]) -> Iterable[str]:
     if not rows:
         return
     counts = sorted({row.case.experts for row in rows})
-    names = list(dict.fromkeys(row.contestant for row in rows))
+    names = list(dict.fromkeys(row.method for row in rows))
     lines = []
     for name in names:
-        found = {row.case.experts: row.to["base"] for row in rows if row.contestant == name}
-        lines.append([name, *(_cell(found.get(count)) for count in counts)])
+        by_count = {row.case.experts: row.to["base"] for row in rows if row.method == name}
+        lines.append([name, *(_cell(by_count.get(count)) for count in counts)])
     yield (
         f"### Growth: prefill ÷ base over E, r={rows[0].case.rank}\n\n"
         + _table(["", *(f"E={count}" for count in counts)], lines)
@@ -64,21 +64,21 @@ def _layers(rows: list[Row]) -> Iterable[str]:
 
     for (step, where), group in groupby(sorted(rows, key=kind), key=kind):
         chosen = list(group)
-        names = [name for name in dict.fromkeys(row.contestant for row in chosen) if name != "base"]
+        names = [name for name in dict.fromkeys(row.method for row in chosen) if name != "base"]
         lines = []
         for case in dict.fromkeys(str(row.case) for row in chosen):
-            at = {row.contestant: row for row in chosen if str(row.case) == case}
-            one = at[OURS]
-            top_k = "dense" if one.case.top_k is None else str(one.case.top_k)
+            by_name = {row.method: row for row in chosen if str(row.case) == case}
+            ours = by_name[OURS]
+            top_k = "dense" if ours.case.top_k is None else str(ours.case.top_k)
             lines.append(
                 [
-                    f"{one.case.experts}×{one.case.rank}",
+                    f"{ours.case.experts}×{ours.case.rank}",
                     top_k,
-                    *(_short(at[name].to["base"]) if name in at else "" for name in names),
-                    _beside(one, BEST_PEER, "best_peer"),
-                    _short(one.to.get(BEST_BACKEND)),
-                    _percent(one.share),
-                    _times(one.added_over_floor),
+                    *(_short(by_name[name].to["base"]) if name in by_name else "" for name in names),
+                    _beside(ours, BEST_PEER, "best_peer"),
+                    _short(ours.to.get(BEST_BACKEND)),
+                    _percent(ours.share),
+                    _times(ours.added_over_floor),
                 ]
             )
         heads = ["E×r", "k", *names, f"{OURS} ÷ best peer", "÷ best backend", "floor", "added ÷ floor"]
@@ -88,14 +88,14 @@ def _layers(rows: list[Row]) -> Iterable[str]:
 def _memory(rows: list[Row]) -> Iterable[str]:
     if not rows:
         return
-    first = rows[0]
+    base = rows[0]
     lines = [
         [
-            row.contestant,
+            row.method,
             f"{row.extra['allocated_mib']:.1f}",
             f"{row.extra['resident_mib']:.0f}",
             f"{row.extra['saved_mib']:.1f}",
-            f"{row.extra['saved_mib'] - first.extra['saved_mib']:+.1f}",
+            f"{row.extra['saved_mib'] - base.extra['saved_mib']:+.1f}",
             f"{row.extra['saved_bytes_per_token_and_layer']:.0f}",
         ]
         for row in rows
@@ -105,23 +105,24 @@ def _memory(rows: list[Row]) -> Iterable[str]:
         "peak allocated, MiB",
         "peak resident",
         "saved for backward",
-        f"more than {first.contestant}",
+        f"more than {base.method}",
         "bytes/token/layer",
     ]
-    yield f"### Memory of a training step: {first.case}\n\n" + _table(heads, lines)
+    yield f"### Memory of a training step: {base.case}\n\n" + _table(heads, lines)
 
 
 def _loading(rows: list[Row]) -> Iterable[str]:
     for row in rows:
-        found = row.extra
+        figures = row.extra
         yield (
-            f"### Loading {found['experts']} adapters of rank {row.case.rank}: width {found['width']}, "
-            f"{found['layers']} layers, base without weights\n\n"
-            f"Peak {found['peak_mib']:.0f} MiB above the process before; the mixture holds "
-            f"{found['mixture_mib']:.0f} MiB, of which routers {found['routers_mib']:.0f}, one adapter "
-            f"{found['adapter_mib']:.0f}. {found['cpu_seconds']:.1f} s of CPU, {found['seconds']:.1f} s.\n\n"
-            f"CPU time of importing the package after PEFT {found['import_seconds']:.2f} s, of 8 experts of "
-            f"rank 16 in the model of 32 million parameters {found['injection_seconds']:.2f} s."
+            f"### Loading {figures['experts']} adapters of rank {row.case.rank}: width {figures['width']}, "
+            f"{figures['layers']} layers, base without weights\n\n"
+            f"Peak {figures['peak_mib']:.0f} MiB above the process before; the mixture holds "
+            f"{figures['mixture_mib']:.0f} MiB, of which routers {figures['routers_mib']:.0f}, one adapter "
+            f"{figures['adapter_mib']:.0f}. {figures['cpu_seconds']:.1f} s of CPU, "
+            f"{figures['seconds']:.1f} s.\n\n"
+            f"CPU time of importing the package after PEFT {figures['import_seconds']:.2f} s, of 8 experts "
+            f"of rank 16 in the model of 32 million parameters {figures['injection_seconds']:.2f} s."
         )
 
 
@@ -130,10 +131,10 @@ def _routers(rows: list[Row]) -> Iterable[str]:
         return
     steps = list(dict.fromkeys(row.step for row in rows))
     lines = []
-    for name in dict.fromkeys(row.contestant for row in rows):
-        found = {row.step: row.to[GATELESS] for row in rows if row.contestant == name}
-        lines.append([name, *(_cell(found.get(step)) for step in steps)])
-    yield f"### Ways to decide, ÷ {GATELESS}: {rows[0].case}\n\n" + _table(["", *steps], lines)
+    for name in dict.fromkeys(row.method for row in rows):
+        by_step = {row.step: row.to[GATELESS] for row in rows if row.method == name}
+        lines.append([name, *(_cell(by_step.get(step)) for step in steps)])
+    yield f"### Routers, ÷ {GATELESS}: {rows[0].case}\n\n" + _table(["", *steps], lines)
 
 
 def _table(heads: list[str], lines: list[list[str]]) -> str:
@@ -149,9 +150,9 @@ def _short(value: Spread | None) -> str:
     return "" if value is None else f"{value.middle:.2f} ± {(value.high - value.low) / 2:.2f}"
 
 
-def _beside(row: Row, key: str, who: str) -> str:
+def _beside(row: Row, key: str, name_key: str) -> str:
     value = row.to.get(key)
-    return "" if value is None else f"{value.middle:.2f} ({row.extra[who]})"
+    return "" if value is None else f"{value.middle:.2f} ({row.extra[name_key]})"
 
 
 def _percent(value: float | None) -> str:

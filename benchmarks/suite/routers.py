@@ -1,6 +1,6 @@
-"""Level "routers": what the ways to decide cost, as ratios to the gate-less mixture.
+"""Level "routers": the cost of each router, relative to the mixture without gates.
 
-A probe's own floor is tap/layers of a bare pass.
+The floor of a probe is tap/layers of a bare pass.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .clock import Variant, interleave, ratios, spread
-from .contestants import Contestant, mixture
 from .experts import TINY_LLAMA, Case, Experts, make_base
+from .methods import Method, mixture
 from .models import STEPS, decode, prefill
 from .parity import check
 from .results import Row
@@ -23,7 +23,7 @@ CASE = Case(experts=8, rank=8, top_k=None)
 GATELESS = "gate-less"
 PROMPT = {"router": "context", "null_expert": True}
 TOKEN = {**PROMPT, "router_granularity": "token"}
-METHODS: dict[str, dict[str, Any]] = {
+ROUTERS: dict[str, dict[str, Any]] = {
     GATELESS: {"router": "uniform"},
     "linear, per module": {"router": "linear"},
     "linear, per block": {"router": "linear", "router_scope": "block"},
@@ -38,24 +38,22 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def measure(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
-    """Prefill and decoding of every method."""
+    """Measure prefill and decoding with every router."""
     case = (
         replace(CASE, experts=2, sizes={**TINY_LLAMA, "num_hidden_layers": 2}, tokens=48) if quick else CASE
     )
     base = make_base(case)
     experts = Experts(base, case)
-    contestants = {"base": Contestant(copy.deepcopy(base), mixes=False)}
+    methods = {"base": Method(copy.deepcopy(base), mixes=False)}
     ids = torch.randint(0, case.sizes["vocab_size"], (case.batch, case.tokens))
-    for name, fields in METHODS.items():
-        contestants[name] = mixture(copy.deepcopy(base), experts, case, **{"top_k": None, **fields})
-        contestants[name].model.eval()
-        if fields in (
-            METHODS[GATELESS],
-            METHODS["linear, per module"],
-        ):  # the only ones with a gate per layer
-            check(name, contestants[name], experts, ids[:, :16])
+    for name, fields in ROUTERS.items():
+        methods[name] = mixture(copy.deepcopy(base), experts, case, **{"top_k": None, **fields})
+        methods[name].model.eval()
+        # Only these two have a gate per layer.
+        if fields in (ROUTERS[GATELESS], ROUTERS["linear, per module"]):
+            check(name, methods[name], experts, ids[:, :16])
     for step, make in (("prefill", prefill), ("decode", decode)):
-        variants: dict[str, Variant] = {name: make(c, ids) for name, c in contestants.items()}
+        variants: dict[str, Variant] = {name: make(c, ids) for name, c in methods.items()}
         with torch.no_grad():
             times = interleave(variants, budget=0.2 if quick else 15, fewest=3 if quick else 5)
         for name, values in times.items():

@@ -1,6 +1,6 @@
-"""Who is compared: the base, one PEFT LoRA of three ranks, the peers, and our mixture by each backend.
+"""The compared methods: the base, a PEFT LoRA of three ranks, the peers, and our mixture by each backend.
 
-Every contestant carries the same experts on a copy of the same base. It also says which gates it used at a
+Every method has the same experts on a copy of the same base. It also reports the gates that it used at a
 layer, so that `parity` can check the sum that it computed.
 """
 
@@ -24,23 +24,23 @@ from peft_moe.routing.context import record_routing
 from .experts import Case, Experts, adapted, make_base
 
 GATHER = "gather"
-# The layer, its name and its input [N, I] to weights of the experts, [N or 1, E].
+# From a layer, its name and its input [N, I] to the weights of the experts, [N or 1, E].
 Gates = Callable[[nn.Module, str, Tensor], Tensor]
 
 
 @dataclass
-class Contestant:
-    """One model to time.
+class Method:
+    """A model to time.
 
     Attributes:
-        model: on its own copy of the base.
-        gates: what it decided; None for the base.
-        count: how many of the experts it holds, from the first.
+        model: the model, on its own copy of the base.
+        gates: returns the gates of the last pass; None for the base.
+        count: the number of experts that it holds, from the first one on.
         trains: parameters of a training step.
         caches: whether it decodes with a KV cache.
-        mixes: whether it routes between experts; what it trains is then its routers.
-        peer: another project's mixture of LoRA experts.
-        watch: a context around a pass after which ``gates`` may be asked.
+        mixes: whether it routes between experts, so that ``trains`` are its routers.
+        peer: whether it is another project's mixture of LoRA experts.
+        watch: returns a context around a pass; ``gates`` works after it.
     """
 
     model: nn.Module
@@ -53,8 +53,8 @@ class Contestant:
     watch: Callable[[], Any] | None = None
 
 
-def lora(base: nn.Module, experts: Experts, count: int) -> Contestant:
-    """One PEFT LoRA that holds the first experts on its rank axis: what they add up to with weights 1."""
+def lora(base: nn.Module, experts: Experts, count: int) -> Method:
+    """Make a PEFT LoRA that holds the first experts on its rank axis: their sum with all weights 1."""
     rank = count * experts.rank
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=experts.targets)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
@@ -63,11 +63,11 @@ def lora(base: nn.Module, experts: Experts, count: int) -> Contestant:
         layer.lora_A["default"].weight.data = A_RI.clone()
         layer.lora_B["default"].weight.data = B_RO.T.contiguous()
     trains = [p for p in model.parameters() if p.requires_grad]
-    return Contestant(model, lambda layer, name, x: x.new_ones(1, count), count, trains, mixes=False)
+    return Method(model, lambda layer, name, x: x.new_ones(1, count), count, trains, mixes=False)
 
 
-def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Contestant:
-    """Our mixture, with a linear router for each layer unless ``fields`` say otherwise."""
+def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Method:
+    """Make our mixture, with a linear router for each layer unless ``fields`` say otherwise."""
     config = MoLoraConfig(
         experts=experts.count,
         r=experts.rank,
@@ -75,7 +75,7 @@ def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Con
         target_modules=experts.targets,
         train_experts=False,
         init_weights=False,
-        # A single gate divided by itself is 1 and teaches nothing: top-1 keeps its share, as in Switch.
+        # With top-1, a renormalised gate is always 1 and has no gradient, so it is not renormalised (Switch).
         **{"router": "linear", "top_k": case.top_k, "norm_topk_prob": case.top_k != 1, **fields},
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
@@ -95,44 +95,42 @@ def mixture(base: nn.Module, experts: Experts, case: Case, **fields: Any) -> Con
         return context
 
     def gates(layer: nn.Module, name: str, x_NI: Tensor) -> Tensor:
-        # A router of a block or of the model is recorded under its own name, of which a layer's is a branch.
+        # The router of a block is recorded under the block's name, which the layer's name starts with.
         decisions = recorded["record"].decisions
         key = next((key for key in decisions if layer.name.startswith(key)), None) or next(iter(decisions))
         return decisions[key].gates.reshape(-1, experts.count)
 
     trains = [p for p in model.parameters() if p.requires_grad]
-    return Contestant(model, gates, experts.count, trains, watch=watch)
+    return Method(model, gates, experts.count, trains, watch=watch)
 
 
 def backends() -> list[str]:
-    """Ways to compute a mixture on a CPU that the config may ask for; gates to fold do not occur."""
-    known = {entry.name for entry in dataclasses.fields(MoLoraConfig)}
+    """Return the CPU backends that the config can name, without "folded", which needs constant gates."""
+    fields = {entry.name for entry in dataclasses.fields(MoLoraConfig)}
     usable = [name for name in BACKENDS if name != "folded" and not name.startswith("triton")]
-    return usable if "backend" in known else []
+    return usable if "backend" in fields else []
 
 
-def own(case: Case) -> dict[str, dict[str, Any]]:
-    """Our contestants: as users get it, with a router per block, and by each backend."""
+def own_methods(case: Case) -> dict[str, dict[str, Any]]:
+    """Return the fields of our methods: the default, a router per block, and each backend."""
     ours: dict[str, dict[str, Any]] = {"ours": {}}
     if case.width is None:
         ours["ours, router per block"] = {"router_scope": "block"}
     for name in backends():
-        # It copies the chosen experts' weights for every token: made for few of them.
+        # Gather copies the chosen experts' weights for every token, so it serves few tokens.
         if name != GATHER or case.width is None or case.batch * case.tokens == 1:
             ours[f"ours, {name}"] = {"backend": name}
     return ours
 
 
-def build(
-    case: Case, names: list[str] | None = None
-) -> tuple[dict[str, Contestant], dict[str, str], Experts]:
-    """All contestants of a case, or those named; why others are missing; and the experts that they hold."""
+def build(case: Case, names: list[str] | None = None) -> tuple[dict[str, Method], dict[str, str], Experts]:
+    """Return all methods of a case, or the named ones; the missing ones with reasons; and the experts."""
     from .peers import PEERS
 
     base = make_base(case)
     experts = Experts(base, case)
-    makers: dict[str, Callable[[nn.Module], Contestant]] = {
-        "base": lambda model: Contestant(model, mixes=False),
+    makers: dict[str, Callable[[nn.Module], Method]] = {
+        "base": lambda model: Method(model, mixes=False),
         **{
             f"LoRA {label}": lambda model, count=count: lora(model, experts, count)
             for label, count in (("r", 1), ("k·r", case.active), ("E·r", case.experts))
@@ -140,33 +138,33 @@ def build(
         **{name: lambda model, make=make: make(model, experts, case) for name, make in PEERS.items()},
         **{
             name: lambda model, fields=fields: mixture(model, experts, case, **fields)
-            for name, fields in own(case).items()
+            for name, fields in own_methods(case).items()
         },
     }
-    found: dict[str, Contestant] = {}
+    methods: dict[str, Method] = {}
     missing: dict[str, str] = {}
     for name, make in makers.items():
         if names is not None and name not in names:
             continue
         try:
-            found[name] = make(copy.deepcopy(base))
+            methods[name] = make(copy.deepcopy(base))
         except UnavailableError as reason:
             missing[name] = str(reason)
         except PeftMoeError as reason:
-            if "backend" not in own(case).get(name, {}):
+            if "backend" not in own_methods(case).get(name, {}):
                 raise
-            missing[name] = str(reason)  # this form serves no such mixture
-    return found, missing, experts
+            missing[name] = str(reason)  # this backend cannot serve the mixture
+    return methods, missing, experts
 
 
 class UnavailableError(Exception):
-    """A contestant cannot take part here; says why."""
+    """A method cannot run here; the message gives the reason."""
 
 
 def dtypes_of(model: nn.Module) -> set[torch.dtype]:
-    """Of the experts' factors."""
+    """Return the dtypes of the experts' factors."""
     words = ("lora_A", "lora_B", "molora_A", "molora_B")
     return {p.dtype for name, p in model.named_parameters() if any(word in name for word in words)}
 
 
-__all__ = ["Contestant", "UnavailableError", "build", "lora", "mixture", "own"]
+__all__ = ["Method", "UnavailableError", "build", "lora", "mixture", "own_methods"]
