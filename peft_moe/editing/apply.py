@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ..experts.adapter import ExpertFile
 from ..routers import Router
 from ..tuner.config.mixture import MoLoraConfig
-from ..tuner.layers.expert_factors import ExpertPlan
+from ..tuner.layers.expert_factors import ExpertPlan, as_linear
 from ..tuner.layers.layer_groups import LayerGroups
 from ..tuner.layers.linear import MoLoraLayer
-from ..tuner.layers.linear_like import as_linear
 from ..tuner.layers.meta_weights import real_weights
 from ..tuner.layers.shared_router import BLOCK_ROUTER, MODEL_ROUTER, SharedRouter, share_constant
 from ..tuner.layers.tap import resolve_tap

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 _FAMILY = re.compile(
     r"(?P<family>.+?)(For[A-Z]\w*|LMHeadModel|WithLMHead\w*|DoubleHeadsModel|PreTrainedModel|TextModel|Model)"
 )
-_FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf"))
+# Attributes that hold the sizes of a linear layer: torch's and most quantisers', AutoGPTQ's.
+_SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,32 @@ def base_modules(base: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a linear-like layer; None for anything else.
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return ``(in_features, out_features)`` of a linear-like layer, None for any other module.
 
-    Sizes come from attributes, never from the weight: a 4-bit weight is packed, a sharded one is
-    empty. ``Conv1D`` of GPT-2 is linear-like, convolutions and embeddings are not.
+    The sizes are attributes of the layer. Its weight does not tell them: a 4-bit weight is packed, a sharded
+    one is empty, and some quantised layers have none. GPT-2's ``Conv1D`` is linear-like; convolutions and
+    embeddings are not.
+
+    Args:
+        module: any module; one that PEFT has wrapped counts as what is inside.
     """
-    for names in _FEATURES if isinstance(module, Conv1D) else _FEATURES[:2]:
-        inputs, outputs = (getattr(module, name, None) for name in names)
+    layer = unwrap(module)
+    for inputs_name, outputs_name in (("nx", "nf"),) if isinstance(layer, Conv1D) else _SIZES:
+        inputs, outputs = getattr(layer, inputs_name, None), getattr(layer, outputs_name, None)
         if isinstance(inputs, int) and isinstance(outputs, int):
             return inputs, outputs
     return None
+
+
+def unwrap(module: Any) -> Any:
+    """Return the module of the base that lies inside PEFT's wrappers; any other module as it is."""
+    inner = module
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        inner = module.original_module
+    elif isinstance(module, BaseTunerLayer):
+        inner = module.get_base_layer()  # itself where it wraps nothing, as a router on its own
+    return module if inner is module else unwrap(inner)
 
 
 def family(class_name: str) -> str:
@@ -103,10 +119,7 @@ def _head_name(base: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
         head: Any = base.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         head = None  # not a transformers model, or one without a head
-    if isinstance(head, AuxiliaryTrainingWrapper):
-        head = head.original_module
-    if isinstance(head, BaseTunerLayer):
-        head = head.get_base_layer()
+    head = unwrap(head)
     by_identity = (name for name, module in modules.items() if head is not None and module is head)
     by_name = (name for name in modules if name.rsplit(".", 1)[-1] == "lm_head")
     return next(by_identity, None) or next(by_name, None)

@@ -12,7 +12,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_N
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_moe.experts.base_modules import BaseView, linear_features
+from peft_moe.experts.base_modules import BaseView, linear_sizes
 from peft_moe.experts.checks import refusal, shown
 from peft_moe.experts.spec import ExpertSpec
 from peft_moe.io.sources import WEIGHTS_FILE
@@ -62,7 +62,7 @@ def check_header(spec: ExpertSpec, header: Mapping[str, TensorHeader], base: Bas
     for module in modules:
         _check_kind(spec.name, module, base)
     for module in modules:
-        _check_pair(spec, module, header, linear_features(base.modules[module]))
+        _check_pair(spec, module, header, linear_sizes(base.modules[module]))
     if str(spec.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         _check_targets(spec, modules, _all_linear(base))
         spec.target_modules = list(modules)
@@ -84,7 +84,7 @@ def _modules_in(spec: ExpertSpec, header: Mapping[str, TensorHeader], base: Base
         raise refusal(spec.name, f"{WEIGHTS_FILE} holds no tensors", "save the adapter with PEFT again")
     unknown = [module for module in modules if module not in base.modules]
     if len(unknown) == len(modules):
-        here = next((n for n, m in base.modules.items() if linear_features(m)), "no linear layer")
+        here = next((n for n, m in base.modules.items() if linear_sizes(m)), "no linear layer")
         what = f"{WEIGHTS_FILE} adapts {modules[0]!r}, but the base's modules are named like {here!r}"
         raise refusal(spec.name, what, "load the architecture that it was trained on")
     if unknown:
@@ -120,7 +120,7 @@ def _check_kind(expert: str, module: str, base: BaseView) -> None:
             f"adapts the output head {module!r} ({kind}), which cannot be trained on",
             retrain,
         )
-    if linear_features(base.modules[module]) is None:
+    if linear_sizes(base.modules[module]) is None:
         noun = "embedding" if isinstance(base.modules[module], nn.Embedding) else "module"
         raise refusal(expert, f"adapts the {noun} {module!r} ({kind}), which is not linear-like", retrain)
 
@@ -196,7 +196,7 @@ def _check_targets(spec: ExpertSpec, modules: Collection[str], targeted: Iterabl
 def _all_linear(base: BaseView) -> set[str]:
     """What PEFT calls "all-linear": every linear layer but the head."""
     heads = {base.head, *SEQ_CLS_HEAD_NAMES} if base.head is None else {base.head}
-    return {n for n, m in base.modules.items() if linear_features(m) and n not in heads}
+    return {n for n, m in base.modules.items() if linear_sizes(m) and n not in heads}
 
 
 def _some(names: list[str]) -> str:

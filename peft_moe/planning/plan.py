@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import PeftMoeError, near_matches
+from ..experts.base_modules import linear_sizes
 from ..io.values import is_count
 from ..tuner.config.mixture import MoLoraConfig
-from ..tuner.layers.linear import MoLoraLayer, linear_sizes
+from ..tuner.layers.linear import MoLoraLayer
 from .header_specs import expert_specs
 from .meta_base import build_skeleton, find_config, precision_of, weigh
 from .traced_step import step_peak

@@ -14,8 +14,8 @@ from support.routing import choose
 from support.zoo import Zoo
 
 from peft_moe import PeftMoeError
+from peft_moe.experts.base_modules import linear_sizes
 from peft_moe.experts.extraction.extract import extract_adapter
-from peft_moe.tuner.layers.linear_like import linear_sizes
 
 # W + ΔW is rounded once in the model, and never in the mixture; then float32 in another order.
 FP32 = {"atol": 2e-5, "rtol": 2e-5}

@@ -18,11 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from peft_moe.errors import PeftMoeError
 from peft_moe.experts.adapter import ExpertFile, open_experts
-from peft_moe.experts.base_modules import BaseView, base_modules, family, linear_features
+from peft_moe.experts.base_modules import BaseView, base_modules, family
 from peft_moe.experts.checks import check_expert_names, check_same_base
 from peft_moe.experts.spec import ExpertSpec
 from peft_moe.io import sources
@@ -320,16 +319,6 @@ def test_a_head_of_another_name_is_found_behind_its_wrapper(wrap):
     get_peft_model(base, LoraConfig(**{"target_modules": QV, **wrap}))
     assert not isinstance(base.score, nn.Linear)
     assert BaseView.of(base).head == "score"
-
-
-def test_linear_features_by_kind():
-    assert linear_features(nn.Linear(3, 5)) == (3, 5)
-    assert linear_features(Conv1D(5, 3)) == (3, 5)
-    for other in (nn.Embedding(3, 5), nn.Conv2d(3, 5, 1), nn.Conv1d(3, 5, 1), nn.LayerNorm(3)):
-        assert linear_features(other) is None
-    bnb = pytest.importorskip("bitsandbytes")
-    assert linear_features(bnb.nn.Linear4bit(3, 5)) == (3, 5)
-    assert linear_features(bnb.nn.Linear8bitLt(3, 5)) == (3, 5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_moe.errors import PeftMoeError, near_matches
-from peft_moe.experts.base_modules import BaseView, linear_features
+from peft_moe.experts.base_modules import BaseView, linear_sizes
 from peft_moe.experts.checks import shown
 from peft_moe.experts.spec import ExpertSpec
 from peft_moe.io.checkpoint import FLOATS, MODEL_CONFIG, Checkpoint, TensorAt, model_refusal
@@ -219,7 +219,7 @@ def _pair(
         return TensorPair(owner, HEAD, base_key, model_key, at.shape)
     if part == "weight" and isinstance(module, nn.Embedding):
         return TensorPair(owner, EMBEDDING, base_key, model_key, at.shape)
-    if part == "weight" and module is not None and linear_features(module) and len(at.shape) == 2:
+    if part == "weight" and module is not None and linear_sizes(module) and len(at.shape) == 2:
         flipped = isinstance(module, Conv1D)
         return TensorPair(owner, LINEAR, base_key, model_key, at.shape, transposed=flipped)
     kind = NORM if "norm" in type(module).__name__.lower() or len(at.shape) == 1 else OTHER

@@ -156,3 +156,11 @@ def _warn_left_out(config: MoLoraConfig, files: list[ExpertFile]) -> None:
                 f"out, such as {left_out[0]}; its output will differ from the adapter's own",
                 stacklevel=2,
             )
+
+
+def as_linear(weight_RX: Tensor) -> nn.Linear:
+    """Return a module that holds a factor [R, I] or [R, O] as its weight."""
+    # Made on "meta", so that no time goes into random numbers that the weight replaces at once.
+    linear = nn.Linear(weight_RX.shape[1], weight_RX.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_RX)
+    return linear

@@ -20,11 +20,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from ...errors import PeftMoeError
-from ...experts.base_modules import base_modules
+from ...experts.base_modules import base_modules, linear_sizes, unwrap
 from ...ops import RankMap
 from ...ops.ffn_branches import combine_branch_deltas, combine_branches, expand_branches, with_base_branch
 from ...routers import Router
@@ -32,7 +32,6 @@ from ...routing.context import Routing, RoutingContext, Slot, current_context
 from ...routing.decision import per_token
 from .find_feed_forward import FeedForward, feed_forwards_of, find_feed_forwards
 from .layer_groups import LayerGroups
-from .linear_like import linear_sizes
 from .scope import RoutingScope
 from .shared_router import BLOCK_ROUTER, BlockRouter, SharedRouter
 
@@ -133,7 +132,7 @@ def add_feed_forward_routers(
         if ffn.output_proj in layers:
             block_router.with_output_experts.add(adapter)
         if of_ffn == "module":
-            sizes = linear_sizes(_bare(model.get_submodule(ffn.input_projs[0])))
+            sizes = linear_sizes(model.get_submodule(ffn.input_projs[0]))
             assert sizes is not None, ffn
             block_router.add_router(adapter, Router(groups.settings(name), sizes[0]))
         block_routers[ffn.home] = block_router
@@ -150,16 +149,11 @@ def add_feed_forward_router(model: nn.Module, ffn: FeedForward) -> BlockRouter:
     if not block_router.linears:
         for name in ffn.input_projs:
             hook = partial(_enter, block_router, name)
-            block_router.handles.append(_bare(model.get_submodule(name)).register_forward_pre_hook(hook))
-        last = _bare(model.get_submodule(ffn.output_proj))
+            block_router.handles.append(unwrap(model.get_submodule(name)).register_forward_pre_hook(hook))
+        last = unwrap(model.get_submodule(ffn.output_proj))
         block_router.handles.append(last.register_forward_pre_hook(partial(_leave, block_router)))
         block_router.linears = ffn.members
     return block_router
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    bare: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return bare
 
 
 def rest_goes(config: MoLoraConfig) -> str:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...errors import PeftMoeError
-from ...experts.base_modules import base_modules
-from .linear_like import linear_sizes
+from ...experts.base_modules import base_modules, linear_sizes
 
 # Whatever lies below such a name mixes tokens, however its linears fit together.
 _TOKENS_MEET = re.compile(r"(?i)attn|attention|mixer")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import PeftMoeError
+from ...experts.base_modules import linear_sizes
 from ...io.offload import read
 from ...ops import RankMap, folded_delta, mix
 from ...routers import Router
@@ -23,9 +24,9 @@ from ...routing.context import Routing, RoutingContext, current_context, current
 from ...routing.decision import per_token
 from ...routing.mixed_batch import narrow, rows_of
 from .cached_submodules import cache_submodules
+from .expert_factors import as_linear
 from .feed_forward import FeedForwardPlace, mix_in_feed_forward
 from .frozen_experts import detach_frozen_rows, freeze_rows, frozen_rows
-from .linear_like import as_linear, linear_sizes
 from .merging import read_weight, write_weight
 from .resolve_controls import refuse_merged, refuse_passing
 from .scope import RoutingScope

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import PeftMoeError
-from .linear_like import linear_sizes
+from ...experts.base_modules import linear_sizes
 
 # ‖error‖/‖change‖ of each layer, by name, while somebody listens.
 _errors: ContextVar[dict[str, float] | None] = ContextVar("peft_moe_requantised", default=None)

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ...errors import PeftMoeError, near_matches
-from .linear_like import linear_sizes
+from ...experts.base_modules import linear_sizes
 
 if TYPE_CHECKING:
     from ..config.mixture import MoLoraConfig
