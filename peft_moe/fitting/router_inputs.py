@@ -158,7 +158,7 @@ class InputReader:
             if not isinstance(module, MoLoraLayer):
                 continue
             mixture = module.mixtures.get(self.adapter)
-            if mixture is not None and mixture.place is None:
+            if mixture is not None and mixture.ffn is None:
                 shared = self.config.router_scope == "block"
                 name = module.name.rpartition(".")[0] if shared else module.name
                 found.setdefault(name, []).append(module.name)

@@ -1,4 +1,4 @@
-"""A router: input normalisation, pooling, scorer and selector in a row, always in float32.
+"""A router: input normalisation, pooling, scorer and selection in a row, in float32 or wider.
 
 Letters: B batch, T sequence, S turns, I in, X experts plus the null expert.
 """
@@ -25,10 +25,10 @@ from .settings import RouterSettings
 
 
 class Router(nn.Module):
-    """Takes the decisions of one module, one block or one model.
+    """The router of one module, one block or one model.
 
-    Its weights stay float32 whatever the model is cast to: bf16 scores change the chosen experts of
-    up to 2 % of the tokens, and bf16 steps of a small learning rate round to nothing.
+    Its weights stay float32 when the model is cast: bf16 scores change the chosen experts of up to 2 % of
+    the tokens, and bf16 rounds the steps of a small learning rate to zero.
     """
 
     def __init__(self, settings: RouterSettings, in_features: int) -> None:
@@ -38,28 +38,29 @@ class Router(nn.Module):
         self.scorer = scorer_class(settings.scorer)(settings, in_features)
         cache_submodules(self, "scorer")
         self._scorer_is_linear = self.scorer.is_linear
-        # Whether there is one decision per prompt, taken from its pooled hidden states; and whether decisions
-        # start from the prompt and follow the text.
+        # Whether it decides once per prompt, from the pooled hidden states; and whether it starts from the
+        # prompt and follows the text.
         self.pools = settings.granularity == "sequence" and self.reads_hidden
         self.runs = settings.granularity == "running" and self.reads_hidden
-        # DeepSeek-V3's balancing bias (arXiv 2408.15664): moved by the trainer, not by gradients, and saved.
+        # DeepSeek-V3's balancing bias (arXiv 2408.15664). The trainer changes it, without gradients; it is
+        # saved.
         self.balance_bias: Tensor | None
         bias_X = torch.zeros(settings.num_columns) if settings.bias_update_rate > 0 else None
         self.register_buffer("balance_bias", bias_X)
 
     @property
     def reads_input(self) -> bool:
-        """False if the gates are the same for every input, so that the mixture can be merged."""
+        """Whether the gates depend on the input. If not, the mixture can be merged."""
         return self.scorer.reads_input
 
     @property
     def reads_hidden(self) -> bool:
-        """False if only the call (labels, token ids) or nothing at all decides, not the hidden states."""
+        """Whether the gates depend on hidden states, and not only on the call (labels, token ids)."""
         return self.scorer.reads_input and self.scorer.reads_hidden
 
     @property
     def trainable(self) -> bool:
-        """False if the scorer's weights are to stay as they are."""
+        """Whether the scorer's weights train."""
         return self.scorer.trainable
 
     def forward(
@@ -74,8 +75,8 @@ class Router(nn.Module):
 
         Args:
             x: the routed tokens, [B, T, I].
-            context: the running forward pass; a router that pools over prompts needs it.
-            pool: decide once per prompt, also where the router decides per token elsewhere.
+            context: of the running forward pass; a router that pools over prompts needs it.
+            pool: decide once per prompt, also if the router decides per token in other layers.
             before: the summary of the text that this call continues, [B, I].
 
         Returns:
@@ -149,7 +150,7 @@ class Router(nn.Module):
         return routing
 
     def _named_rows(self, routing: Routing, rows_B: Tensor, context: RoutingContext | None) -> Routing:
-        """Rows whose expert the caller names get that one alone; the others stay."""
+        """Give each row whose expert the caller names that expert alone. Other rows do not change."""
         gates = routing.gates
         rows_B = rows_B.to(gates.device)
         if gates.shape[0] not in (1, len(rows_B)) or (
@@ -177,7 +178,7 @@ class Router(nn.Module):
             if self.settings.null_expert:
                 chosen_BTX = torch.cat([chosen_BTX, (rows_BT == NO_EXPERT)[..., None]], dim=-1)
             selected = torch.where(known_BT1, chosen_BTX, selected)
-        # Named rows keep one expert, whatever k is: no sparse form.
+        # Named rows have one expert, others have k: not the sparse form.
         return routing.replace(gates=gates, selected=selected, expert_ids=None, expert_weights=None)
 
     def features(
@@ -188,9 +189,9 @@ class Router(nn.Module):
         pool: bool = False,
         before: Tensor | None = None,
     ) -> Tensor:
-        """What the scorer sees: [B, T, I], or [B, S, I] pooled over prompts; float32 or wider.
+        """Return the input of the scorer: [B, T, I], or [B, S, I] pooled over prompts; float32 or wider.
 
-        Fitting a router without gradients fits it on exactly this.
+        A fit without gradients reads the same features.
         """
         fp32_BTI = widened(x, self.settings.input_norm)
         if pool or self.pools:
@@ -201,7 +202,7 @@ class Router(nn.Module):
         return fp32_BTI
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Follow the model to another device, but not to a narrower dtype."""
+        """Follow the model to another device, but keep the dtype."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -214,11 +215,11 @@ class Router(nn.Module):
 
 
 def _without(routing: Routing, experts: tuple[int, ...]) -> Routing:
-    """The same decision with gates of zero for these experts."""
+    """Return the decision with gates of zero for these experts."""
     ids, weights = routing.expert_ids, routing.expert_weights
     if ids is None or weights is None:
         hidden = constant(experts, routing.gates.device)
         return routing.replace(gates=routing.gates.index_fill(-1, hidden, 0.0))
     hidden = constant(experts, ids.device)
-    # The dense gates are made anew from what is left.
+    # The dense gates follow from the weights that are left.
     return routing.replace(gates=None, expert_weights=weights.masked_fill(torch.isin(ids, hidden), 0.0))

@@ -1,8 +1,8 @@
 """Gradient checkpointing: a recomputed layer must find the forward pass that it belongs to.
 
-The backward pass recomputes layers when no forward pass is running, or, with two passes before one
-backward (preference training), when another one is. So the function that checkpoints a layer is
-wrapped: it notes the running context when the checkpoint is taken, and restores it for the recompute.
+The backward pass recomputes layers while no forward pass runs. With two passes before one backward pass
+(preference training), it recomputes them after another pass has run. So the function that checkpoints a layer
+is wrapped: it stores the running context with the checkpoint, and restores it for the recomputation.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .context import RoutingContext, bound_to, current_context
 
 
 class ContextBoundCheckpoint:
-    """A checkpointing function that runs its layer in the context it was first run in."""
+    """A checkpointing function that reruns a layer in the context of its first run."""
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint ``function``, bound to the context that is running now."""
+        """Checkpoint ``function``, bound to the context that runs now."""
         context = current_context()
         taken: set[str] = set()
 
@@ -61,8 +61,8 @@ def _taking_again(context: RoutingContext, taken: set[str]) -> Iterator[None]:
 def bind_checkpoints(model: nn.Module) -> None:
     """Wrap the checkpointing functions of ``model`` that are not wrapped yet.
 
-    Called in every forward pass, since trainers switch checkpointing on at any time; costs one walk
-    over the modules, and nothing where checkpointing is off.
+    It is called in every forward pass of a training, since trainers switch checkpointing on at any time. It
+    costs one walk over the modules.
     """
     if not model.training:
         return
@@ -84,7 +84,7 @@ def uses_reentrant(model: nn.Module) -> bool:
 
 
 def _checkpointed(model: nn.Module) -> Iterator[nn.Module]:
-    # transformers marks the layers that it checkpoints with these two attributes.
+    # transformers gives these two attributes to the layers that it checkpoints.
     for module in model.modules():
         if (
             module.__dict__.get("gradient_checkpointing")
@@ -94,10 +94,10 @@ def _checkpointed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def refuse_reentrant(model: nn.Module) -> None:
-    """Reentrant checkpointing runs a second backward through a decision that several layers share.
+    """Refuse reentrant checkpointing, which goes through a shared decision twice in the backward pass.
 
     Raises:
-        PeftMoeError: with the fix.
+        PeftMoeError: the model checkpoints with ``use_reentrant=True``.
     """
     if uses_reentrant(model):
         raise PeftMoeError(

@@ -1,4 +1,4 @@
-"""What a caller decides at run time: masks, temperature, fixed gates, an expert by name for each row.
+"""A caller's controls at run time: masks, temperature and fixed gates.
 
 Every control is a context manager that changes the caller's :class:`~peft_moe.routing.context.Request`.
 Nothing is written into the model, and threads do not see each other's controls. A forward pass reads the
@@ -38,15 +38,15 @@ def _holding(**changes: Any) -> Iterator[None]:
 def use_experts(*names: str) -> AbstractContextManager[None]:
     """Let routers choose among these experts only; all others get no mass.
 
-    Masked columns leave the competition before the selection, and the router's own normalisation runs over
-    the rest: softmax weights sum to 1 again and the next best expert takes a place of the top k; sigmoid
-    weights are divided by the kept ones' sum where ``norm_topk_prob``; ReLU and unnormalised weights of the
-    others stay as they are. Shared experts count as well, and add nothing unless they are named. A decision
-    per prompt keeps its scores in the KV cache, and is masked anew in every step, so that the block may
-    begin and end in the middle of a generation. Losses still see the router's own scores.
+    Masked columns are removed before the selection, and the router's normalisation runs over the others.
+    Softmax weights sum to 1 again, and the next best expert takes the free place of the top k. Sigmoid
+    weights are divided by the sum of the kept ones if ``norm_topk_prob``. ReLU and unnormalised weights of
+    the others do not change. Shared experts are masked as well, unless they are named. A decision per
+    prompt keeps its scores in the KV cache and is masked again in every step, so that the block may begin
+    and end in the middle of a generation. Losses see the router's own scores.
 
     Args:
-        names: of the experts; "null" (or "base") for a mixture's null expert, which is masked otherwise.
+        names: of the experts; "null" (or "base") for a mixture's null expert, which is masked unless named.
 
     Raises:
         PeftMoeError: no name; at the forward pass, a name that the mixture does not have. The method of the
@@ -57,7 +57,7 @@ def use_experts(*names: str) -> AbstractContextManager[None]:
 
 
 def use_temperature(temperature: float) -> AbstractContextManager[None]:
-    """Divide scores by this instead of the config's ``router_temperature``; below 1 sharpens.
+    """Divide scores by ``temperature`` instead of ``router_temperature``; below 1 the gates get sharper.
 
     Raises:
         PeftMoeError: not a finite number above 0.
@@ -67,10 +67,12 @@ def use_temperature(temperature: float) -> AbstractContextManager[None]:
 
 
 def use_gates(weights: Mapping[str, float]) -> AbstractContextManager[None]:
-    """Fixed gates for every token and layer; no router is asked. ``routing_inputs(gates=…)`` goes before.
+    """Use fixed gates for every token and layer, and ask no router.
+
+    ``routing_inputs(gates=…)`` takes precedence.
 
     Args:
-        weights: by expert's name, 0 for those left out; they need not sum to 1. Shared experts count too.
+        weights: by expert's name, 0 for those left out; they need not sum to 1. Shared experts count as well.
 
     Raises:
         PeftMoeError: a weight that is negative or no finite number; a name, as in :func:`use_experts`.
@@ -80,10 +82,10 @@ def use_gates(weights: Mapping[str, float]) -> AbstractContextManager[None]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Names as such, before any mixture is known.
+    """Check names before the mixture is known.
 
     Raises:
-        PeftMoeError: none, or one that is no text.
+        PeftMoeError: there are no names, or one is not a text.
     """
     if not names:
         raise PeftMoeError(
@@ -98,7 +100,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def check_temperature(temperature: Any) -> None:
-    """A temperature is a finite number above 0.
+    """Check that a temperature is a finite number above 0.
 
     Raises:
         PeftMoeError: it is not.
@@ -108,10 +110,10 @@ def check_temperature(temperature: Any) -> None:
 
 
 def check_gates(weights: Any) -> None:
-    """Weights as such, before any mixture is known.
+    """Check weights before the mixture is known.
 
     Raises:
-        PeftMoeError: no mapping of names to finite numbers ≥ 0.
+        PeftMoeError: they are not a mapping of names to finite numbers ≥ 0.
     """
     if not isinstance(weights, Mapping) or not weights:
         raise PeftMoeError(f"gates={weights!r} must map names to weights, as in {{'math': 0.7, 'law': 0.3}}")
@@ -120,18 +122,18 @@ def check_gates(weights: Any) -> None:
             raise PeftMoeError(f"gates[{name!r}]={weight!r} must be a finite number ≥ 0; 0 leaves it out")
 
 
-def resolve(name: str, names: Sequence[str], *, adapter: str, place: str, null: bool) -> int:
-    """Index of an expert's name, or ``NO_EXPERT``.
+def resolve(name: str, names: Sequence[str], *, adapter: str, argument: str, null: bool) -> int:
+    """Return the index of an expert by its name, or ``NO_EXPERT``.
 
     Args:
-        name: what the caller wrote.
-        names: of the mixture's experts, in order.
-        adapter: of the mixture.
-        place: where the caller wrote it, for the message.
+        name: the name that the caller wrote.
+        names: names of the mixture's experts, in order.
+        adapter: name of the mixture.
+        argument: where the caller wrote it, for the message.
         null: whether "base" and "null" stand for "no expert" here.
 
     Raises:
-        PeftMoeError: the mixture has no such expert; names near matches.
+        PeftMoeError: the mixture has no expert of that name; the message lists near matches.
     """
     if name in names:
         return list(names).index(name)
@@ -139,8 +141,10 @@ def resolve(name: str, names: Sequence[str], *, adapter: str, place: str, null: 
         return NO_EXPERT
     if name in NULL_NAMES:
         raise PeftMoeError(
-            f"{place}: {name!r} is the null expert's name, and mixture {adapter!r} has null_expert=False; "
+            f"{argument}: {name!r} is the null expert's name, and mixture {adapter!r} has null_expert=False; "
             "leave it out, or use `with model.disable_adapter()` for the base alone"
         )
     options = [*names, *(NULL_NAMES if null else ())]
-    raise PeftMoeError(f"{place}: {name!r} is no expert of mixture {adapter!r}.{near_matches(name, options)}")
+    raise PeftMoeError(
+        f"{argument}: {name!r} is no expert of mixture {adapter!r}.{near_matches(name, options)}"
+    )

@@ -1,4 +1,4 @@
-"""One routing decision: gates of all experts, or the chosen ones. The letters are explained in `routing`."""
+"""One routing decision: gates of all experts, or the chosen ones. See `routing.context` for the letters."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..errors import PeftMoeError
 class Routing:
     """One routing decision: the only value that goes from a router to ops, losses and reports.
 
-    A decision that keeps k experts per token is held by their numbers and weights alone; the dense tensors
-    are made when somebody asks for them.
+    A decision for k experts per token consists of their numbers and weights. The dense tensors are computed
+    when they are read.
 
     Attributes:
         gates: weights of the experts, float32, [B|1, T|1, E]; a size of 1 means "the same for all".
         logits: scores before the selection, float32, [B|1, T|1, X]; None where nothing was scored.
         selected: which columns the selector kept, bool, [B|1, T|1, X]; None for dense gates.
-        running: the summary of the text that led to it, [B, T, I], for a router that continues it in the
+        running: the summary of the text behind the decision, [B, T, I], for a router that continues it in the
             next step; else None.
-        expert_ids: where every token keeps equally many experts, which ones, long [B|1, T|1, K]: distinct,
-            in no order, experts that are always on among them. E stands for "no expert" (the null expert).
-        expert_weights: their gates, [B|1, T|1, K]; 0 for "no expert". All other gates are zero.
-        may_select_null: whether "no expert" may be among them.
+        expert_ids: numbers of the chosen experts where all tokens have equally many, long [B|1, T|1, K]:
+            distinct, unordered, shared experts included. E stands for "no expert" (the null expert).
+        expert_weights: the gates of ``expert_ids``, [B|1, T|1, K]; 0 for "no expert". Other gates are zero.
+        may_select_null: whether "no expert" may be among ``expert_ids``.
     """
 
     def __init__(
@@ -42,10 +42,14 @@ class Routing:
         columns: int = 0,
         may_select_null: bool = True,
     ) -> None:
-        """Of a sparse decision that comes without ``gates``, ``experts`` is E.
+        """Make a decision.
 
-        Where ``expert_ids`` are the numbers of the kept columns as well, ``columns`` is X, and ``selected``
-        is made from them. ``may_select_null`` says whether "no expert" may be among them.
+        Args:
+            gates, logits, selected, running, expert_ids, expert_weights: see the attributes.
+            experts: E, for a sparse decision without ``gates``.
+            columns: X where ``expert_ids`` are also the numbers of the selected columns, so that ``selected``
+                follows from them; else 0.
+            may_select_null: see the attributes.
         """
         self.logits, self.running = logits, running
         self.expert_ids, self.expert_weights = expert_ids, expert_weights
@@ -55,7 +59,7 @@ class Routing:
 
     @property
     def gates(self) -> Tensor:
-        """Weights of all experts."""
+        """Weights of all experts, [B|1, T|1, E]."""
         if self._gates is not None:
             return self._gates
         ids, weights = self.expert_ids, self.expert_weights
@@ -63,14 +67,14 @@ class Routing:
         assert weights is not None
         room = weights.new_zeros(*weights.shape[:-1], self._experts + 1)
         gates = room.scatter(-1, ids, weights)[..., : self._experts]
-        # Made without a graph, they must not be kept for somebody who needs one.
+        # Gates that were computed without a graph must not be cached for a use that needs one.
         if torch.is_grad_enabled() or not weights.requires_grad:
             self._gates = gates
         return gates
 
     @property
     def selected(self) -> Tensor | None:
-        """Which columns were kept."""
+        """The columns that the selector kept, [B|1, T|1, X]; None for dense gates."""
         ids = self.expert_ids
         if self._selected is None and self._columns and ids is not None:
             room = torch.zeros(*ids.shape[:-1], self._columns, dtype=torch.bool, device=ids.device)
@@ -80,12 +84,12 @@ class Routing:
     @property
     def is_constant(self) -> bool:
         """True where one row of gates serves every token of every sequence."""
-        some = self.gates if self.expert_ids is None else self.expert_ids
-        return some.dim() == 3 and some.shape[0] == 1 and some.shape[1] == 1
+        shape = (self.gates if self.expert_ids is None else self.expert_ids).shape
+        return len(shape) == 3 and shape[0] == shape[1] == 1
 
     def replace(self, **changes: Tensor | None) -> Routing:
-        """The same decision with other tensors, by the names of the arguments."""
-        held: dict[str, Any] = {
+        """Return the decision with other tensors, by the names of the arguments."""
+        tensors: dict[str, Any] = {
             "gates": self._gates,
             "logits": self.logits,
             "selected": self._selected,
@@ -94,22 +98,29 @@ class Routing:
             "expert_weights": self.expert_weights,
         }
         return Routing(
-            **{**held, **changes},
+            **{**tensors, **changes},
             experts=self._experts,
             columns=self._columns,
             may_select_null=self.may_select_null,
         )
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Routing:
-        """The same decision with ``move`` applied to each of its tensors, along B and T."""
-        made = (self._gates, self.logits, self._selected, self.running, self.expert_ids, self.expert_weights)
-        moved = (None if t is None else move(t) for t in made)
+        """Return the decision with ``move`` applied to each of its tensors, along B and T."""
+        tensors = (
+            self._gates,
+            self.logits,
+            self._selected,
+            self.running,
+            self.expert_ids,
+            self.expert_weights,
+        )
+        moved = (None if t is None else move(t) for t in tensors)
         return Routing(
             *moved, experts=self._experts, columns=self._columns, may_select_null=self.may_select_null
         )
 
     def bare(self) -> Routing:
-        """Only what the layers need of it."""
+        """Return what layers need of the decision: gates, or the chosen experts with their weights."""
         gates = self._gates if self.expert_ids is None else None
         return Routing(
             gates,
@@ -120,7 +131,7 @@ class Routing:
         )
 
     def detach(self) -> Routing:
-        """The same decision, cut off from the graph that made it."""
+        """Return the decision without the graph that computed it."""
         return self.map(Tensor.detach)
 
 
@@ -129,16 +140,21 @@ def per_token(values: Tensor, x: Tensor, tokens: int) -> Tensor: ...
 @overload
 def per_token(values: None, x: Tensor, tokens: int) -> None: ...
 def per_token(values: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
-    """Part of a decision, [1, E] where it is constant, else [N, E] for the tokens of ``x`` [..., I]."""
+    """Return a tensor of a decision for the tokens of ``x`` [..., I]: [1, E] where it is constant, else [N,
+    E].
+
+    Raises:
+        PeftMoeError: ``x`` has other tokens than the decision.
+    """
     if values is None:
         return None
     rows, columns, last = values.shape
     if rows == columns == 1:
         return values.view(1, last)
-    # Several images or windows of one text: whose they are is not known here.
+    # With several images or windows per text, the text of a row is not known here.
     same_rows = x.dim() < 3 or x.shape[0] in (rows, 1)
     if columns == 1 and rows != tokens and same_rows:
-        # One decision per sequence; the layer may see [B, T, I] or the same tokens flattened.
+        # One decision per sequence. The layer may read [B, T, I] or the same tokens flattened.
         values = values.expand(rows, tokens // rows, last)
     if values.shape[0] * values.shape[1] != tokens:
         raise PeftMoeError(

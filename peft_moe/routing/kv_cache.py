@@ -1,8 +1,8 @@
 """A routing decision that travels with the KV cache.
 
-A decision pooled over the prompt must hold for every token that is decoded from it, and follow its
-sequence through beam search, repetition and cropping. The cache object is the only thing that all
-those paths move along, so the decision lives in it, as one more layer that stores no keys.
+A decision pooled over the prompt holds for every token that is decoded from the prompt. It must follow its
+sequence through beam search, repetition and cropping. Only the cache object goes through all of these, so the
+decision is one more layer of the cache, which stores no keys.
 
 Letters: B batch, E experts.
 """
@@ -20,12 +20,12 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from ..errors import PeftMoeError
 from .context import Routing
 
-# Summaries that a running router keeps, so that a rollback of that many tokens finds the one before them.
+# Number of summaries that a running router keeps. A rollback of fewer tokens finds the summary before them.
 REMEMBERED = 64
 
 
 class _Storeless:
-    """transformers' DummyLayer, for its versions before 5.23, which have none."""
+    """The DummyLayer of transformers, for its versions before 5.23, which do not have it."""
 
     supports_early_init = False
     is_compileable = True
@@ -40,7 +40,7 @@ class _Storeless:
     def prefetch(self) -> None: ...
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1, which stands for no limit."""
         return -1
 
 
@@ -48,12 +48,12 @@ _Layer: Any = getattr(cache_utils, "DummyLayer", _Storeless)
 
 
 class CachedRouting(_Layer):  # type: ignore[misc]  # transformers is untyped here
-    """What one adapter's router must remember between the steps of a generation.
+    """What one adapter's routers need from the earlier steps of a generation.
 
     Attributes:
         adapter: the adapter's name.
-        decisions: by router, tensors [B, 1, ·]: the prompt's, or the last one of a router that follows the
-            text, with its last summaries; None for routers that decide per token everywhere.
+        decisions: by router, tensors [B, 1, ·]: the prompt's decision, or the last one of a router that
+            follows the text, with its last summaries; None for routers that decide per token everywhere.
         probe_cache: keys and values of the bare base below the tap; None where no probe runs.
     """
 
@@ -64,15 +64,15 @@ class CachedRouting(_Layer):  # type: ignore[misc]  # transformers is untyped he
         self.probe_cache: DynamicCache | None = None
 
     def reset(self) -> None:
-        """Forget everything: the cache starts a new text."""
+        """Forget all decisions: the cache starts a new text."""
         self.decisions = None
         self.probe_cache = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Follow a rollback; the prompt's decision stands."""
+        """Take back tokens. The prompt's decision stays."""
         layers: Any = self.probe_cache.layers if self.probe_cache is not None else ()
         for layer in layers:
-            # Those above the tap were never filled, which older versions of transformers do not look at.
+            # Layers above the tap were never filled. Older versions of transformers do not check that.
             if getattr(layer, "is_initialized", True):
                 layer.crop(tokens_to_remove)
         removed = abs(tokens_to_remove)
@@ -88,11 +88,11 @@ class CachedRouting(_Layer):  # type: ignore[misc]  # transformers is untyped he
             routing.running = routing.running[:, :-removed]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow beams to their new rows."""
+        """Move the decisions of beams to their new rows."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Follow a prompt that is continued several times."""
+        """Repeat each row, for a prompt that is continued several times."""
         self._move(lambda t: t.repeat_interleave(repeats, dim=0))
         if self.probe_cache is not None:
             self.probe_cache.batch_repeat_interleave(repeats)
@@ -109,7 +109,7 @@ class CachedRouting(_Layer):  # type: ignore[misc]  # transformers is untyped he
 
 
 def find_routing(cache: Any, adapter: str) -> CachedRouting | None:
-    """The state of ``adapter`` in a KV cache, None if it has none (or is no cache that can hold one)."""
+    """Return what a KV cache holds for ``adapter``; None if it holds nothing, or cannot hold it."""
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         return None
     for layer in reversed(cache.layers):
@@ -119,10 +119,10 @@ def find_routing(cache: Any, adapter: str) -> CachedRouting | None:
 
 
 def attach_routing(cache: Any, routing: CachedRouting) -> None:
-    """Put a state into a KV cache, behind its own layers; it replaces one of the same adapter.
+    """Put an adapter's decisions into a KV cache, after its own layers, in place of earlier ones.
 
-    Must be called after a forward pass: a lazy cache makes its layers during the first one, and would
-    take the state for one of them.
+    Call it after a forward pass: a lazy cache makes its layers during the first pass, and would take the
+    decisions for one of them.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         return

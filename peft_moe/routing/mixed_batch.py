@@ -1,7 +1,8 @@
 """One batch, a mixture of its own for each row: PEFT's ``adapter_names``, at inference.
 
-Every mixture that is named decides for the whole batch, as if it were alone, so that its routers, taps and
-the decisions in a KV cache need to know nothing of the others; each layer applies it to its own rows only.
+Every mixture that the rows name decides for the whole batch, as if it were alone. So its routers, its taps
+and its decisions in a KV cache are independent of the other mixtures. Each layer applies a mixture to its
+own rows only.
 
 Letters: B rows as given, N rows as a layer sees them, I in, O out.
 """
@@ -44,7 +45,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], arguments: Sequence[Any]
         raise PeftMoeError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    known = {adapter for layer in layers for adapter in layer.molora_A}
+    adapters = {adapter for layer in layers for adapter in layer.molora_A}
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise PeftMoeError(f"adapter_names={names!r} must be a list with one adapter's name for each row")
     if model.training:
@@ -52,11 +53,11 @@ def mixed_batch(model: nn.Module, names: Sequence[str], arguments: Sequence[Any]
             "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one "
             "adapter at a time with set_adapter()"
         )
-    unknown = sorted(set(names) - known - {BASE})
+    unknown = sorted(set(names) - adapters - {BASE})
     if unknown:
         raise PeftMoeError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; this model has "
-            f"{', '.join(sorted(known))}, and {BASE} stands for the bare base"
+            f"{', '.join(sorted(adapters))}, and {BASE} stands for the bare base"
         )
     first = next((value for value in arguments if isinstance(value, Tensor) and value.dim() > 0), None)
     if first is not None and len(first) != len(names):
@@ -82,7 +83,7 @@ def _wrong_length(names: Sequence[str], rows: int) -> PeftMoeError:
 
 
 def _tell(names: tuple[str, ...]) -> Callable[..., Any]:
-    # What PEFT keeps beside a mixture (modules_to_save, trained tokens) takes the names as an argument.
+    # PEFT's own modules beside a mixture (modules_to_save, trained tokens) take the names as an argument.
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         repeats = len(args[0]) // len(names) if args and len(names) else 1
         return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
@@ -91,16 +92,16 @@ def _tell(names: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def rows_of(names: Sequence[str], adapter: str, x: Tensor, layer_name: str) -> Tensor:
-    """Which rows of a layer's input [N, …, I] belong to an adapter, long.
+    """Return the numbers of the rows of a layer's input [N, …, I] that belong to an adapter.
 
-    N is B, or a multiple of it, where a generation follows several beams or a layer is given flat tokens:
-    both keep what belongs to one row together.
+    N is B, or a multiple of B in a generation with several beams and in a layer that reads flat tokens. Both
+    keep the rows of one sequence together.
 
     Raises:
-        PeftMoeError: the layer sees other rows than the batch's, which nobody can tell apart.
+        PeftMoeError: the layer sees other rows than those of the batch, and they cannot be told apart.
     """
     rows = x.shape[0]
-    loose = ".experts." in layer_name  # of a sparse base, whose experts see tokens in an order of their own
+    loose = ".experts." in layer_name  # experts of a sparse base read tokens in another order
     if not names or rows % len(names) or loose:
         seen = "loose tokens" if loose else f"{rows} rows where the batch has {len(names)}"
         raise PeftMoeError(
@@ -114,7 +115,7 @@ def rows_of(names: Sequence[str], adapter: str, x: Tensor, layer_name: str) -> T
 
 
 def narrow(routing: Routing, rows: Tensor, x: Tensor) -> Routing:
-    """A decision for all rows of ``x`` [N, …, I], for some of them only."""
+    """Return the part of a decision for all rows of ``x`` [N, …, I] that concerns some of them."""
     total = x.shape[0]
 
     def take(values: Tensor) -> Tensor:

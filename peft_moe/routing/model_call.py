@@ -23,7 +23,7 @@ IGNORE = -100
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``model``, by name; those after a ``*args`` are left out."""
+    """Return the arguments of a call of ``model`` by name, without those of a ``*args``."""
     if not args:
         return kwargs
     names = [
@@ -60,10 +60,11 @@ def cache_of(call: Mapping[str, Any]) -> Any:
 
 def _named_cache(call: Mapping[str, Any]) -> tuple[str, Any]:
     """The cache and its name in the call; an unknown name counts where no known one holds any."""
-    found = [(name, value) for name, value in call.items() if carries_past(name, value)]
-    known = [(name, value) for name, value in found if name in CACHES]
-    name, cache = (known or found or [("", None)])[0]
-    for other, value in known or found:
+    caches = [(name, value) for name, value in call.items() if carries_past(name, value)]
+    # Under a known name if there is one; else the type tells.
+    caches = [(name, value) for name, value in caches if name in CACHES] or caches
+    name, cache = (caches or [("", None)])[0]
+    for other, value in caches:
         if value is not cache:
             raise PeftMoeError(
                 f"this call has two caches, {name}= ({type(cache).__name__}) and {other}= "
@@ -113,8 +114,8 @@ def returned_cache(output: Any, call: Mapping[str, Any]) -> Any:
     if isinstance(output, tuple):
         parts = {str(index): part for index, part in enumerate(output)}
     caches = {name: part for name, part in parts.items() if isinstance(part, Cache)}
-    known = [caches[name] for name in CACHES if name in caches] or list(caches.values())
-    return known[0] if len(known) == 1 else cache_of(call)
+    by_name = [caches[name] for name in CACHES if name in caches] or list(caches.values())
+    return by_name[0] if len(by_name) == 1 else cache_of(call)
 
 
 def _unknown(name: str, cache: Any) -> str:
@@ -131,7 +132,7 @@ def _unknown(name: str, cache: Any) -> str:
 
 
 def prompt_shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and width of the ids in a user's call of the model or of ``generate``, None where it has none."""
+    """Return rows and width of the ids in a user's call of the model or of ``generate``; None without ids."""
     named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
     ids = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
     return (ids.shape[0], ids.shape[1]) if ids is not None and ids.dim() >= 2 else None
@@ -143,10 +144,10 @@ def generates(model: nn.Module) -> bool:
 
 
 def fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
-    """Whether this call's keys and values are kept for a later one."""
+    """Whether this call keeps its keys and values for a later call."""
     if cache_of(call) is not None:
         return True
-    # Left open, it is the base's default; in training nobody uses the cache that comes of it.
+    # Without the argument, the base's default applies. In training the cache is not used.
     by_default = getattr(model.config, "use_cache", False) and not model.training
     return bool(call.get("use_cache", by_default))
 
@@ -154,17 +155,16 @@ def fills_cache(model: nn.Module, call: dict[str, Any]) -> bool:
 def read_call(
     call: dict[str, Any], request: Request, *, causal: bool, count_turns: bool = True
 ) -> RoutingContext:
-    """The context of one forward pass, from the model's own arguments and from the caller's request.
+    """Make the context of one forward pass from the model's arguments and the caller's request.
 
     Args:
         call: arguments by name; ``input_ids`` or ``inputs_embeds``, ``attention_mask`` (2-D, the 4-D
             one of static caches, or a dict of these) and ``labels`` are read.
-        request: what the caller asks for. Where the call is one of many that continue the user's ids, what
-            lies behind these ids in a call without a past are candidates and answers, never prompt, and
-            their rows may be repeated for beams.
-        causal: whether the model generates, so that ignored labels mark its prompt. In an encoder
-            they mark tokens that are not scored, which says nothing about prompts.
-        count_turns: whether to tell the prompt's turns apart, which reads a number back from the device.
+        request: what the caller asks for. In a generation, the tokens after the user's ids are candidates and
+            answers, never prompt, and the user's rows may be repeated for beams.
+        causal: whether the model generates, so that ignored labels mark its prompt. In an encoder they mark
+            tokens without a score, which are not a prompt.
+        count_turns: whether to tell the prompt's turns apart, which reads a number from the device.
 
     Raises:
         PeftMoeError: inputs of another shape than the call's.
@@ -224,7 +224,7 @@ def _read_inputs(
 
 
 def per_row(values: Tensor, rows: int, name: str, prompt_shape: tuple[int, int] | None) -> Tensor:
-    """One entry per row of the call; in a generation, beams and repeated prompts follow their own."""
+    """Return one entry per row of the call. Beams and repeated prompts get the entry of their sequence."""
     if len(values) == rows or (len(values) == 1 and values.dim() > 1):
         return values
     if prompt_shape is None or len(values) != prompt_shape[0] or len(values) == 0 or rows % len(values):
@@ -237,7 +237,7 @@ def per_row(values: Tensor, rows: int, name: str, prompt_shape: tuple[int, int] 
 def _as_call(
     prompt_BT: Tensor, shape: tuple[int, int], past: int, prompt_shape: tuple[int, int] | None
 ) -> Tensor:
-    """A mask of the ids given to ``generate``, as this call sees it: one row per beam, answers behind."""
+    """Return the mask of the user's ids for this call: a row per beam, and False at the answers."""
     rows, width = prompt_BT.shape
     if prompt_shape is None or (rows, width) != prompt_shape or rows == 0 or shape[0] % rows:
         return prompt_BT
@@ -258,11 +258,11 @@ def _real_tokens(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
         return None
     length = shape[1]
     if mask.dim() == 2:
-        # With a cache the mask also covers the past; this call's tokens are the last ones.
+        # With a cache the mask also covers the past. This call's tokens are the last ones.
         return mask[:, -length:].bool()
     if mask.dim() == 4 and past == 0 and mask.shape[-2] == length <= mask.shape[-1]:
-        # A real token attends to itself, within every window; nobody attends to padding.
-        # Boolean masks say True for "attend", additive ones say 0.
+        # A real token attends to itself in every window, and no token attends to padding. Boolean masks
+        # have True for "attend", additive ones 0.
         attends = mask if mask.dtype == torch.bool else mask == 0
         return attends[:, 0].diagonal(dim1=-2, dim2=-1)
     return None
@@ -281,10 +281,10 @@ def _set_prompt(
     context.prompt = prompt_BT
     if not count_turns:
         return
-    # A turn begins wherever prompt tokens follow others; padding before the first belongs to turn 0.
+    # A turn begins where a prompt token follows another token. Padding before the first turn is in turn 0.
     starts_BT = prompt_BT & ~torch.nn.functional.pad(prompt_BT, (1, 0))[:, :-1]
     turns_B = starts_BT.sum(-1)
-    # The only place that reads a value back from the device; decoding steps carry no prompt mask.
+    # Only this line reads a value from the device. Decoding steps have no prompt mask.
     most, fewest = torch.stack((turns_B.max(), turns_B.min())).tolist() if len(turns_B) else (1, 1)
     context.prompt_missing = fewest == 0
     if most > 1:

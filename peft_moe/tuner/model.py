@@ -59,16 +59,16 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """PEFT's injection, with the experts checked before it and shared routers seated after it.
+        """PEFT's injection. The experts are checked before it, shared routers are added after it.
 
         Raises:
-            PeftMoeError: a config, an adapter or a name that cannot work; the model is untouched.
+            PeftMoeError: the config, an adapter or a name cannot work. The model is unchanged.
         """
         config: MoLoraConfig = self.peft_config[adapter_name]
         original = config
         if not config.inference_mode or config.sources():
-            # Whoever makes experts keeps the config as it was, and can use it again on another model; whoever
-            # loads some finds the very one that was original over, as PEFT promises.
+            # The caller's config stays as it was, for use on another model. A config that describes a saved
+            # mixture is used itself, as PEFT promises.
             self.peft_config[adapter_name] = config = original.own_copy()
         _check_adapter_name(adapter_name, model)
         before = Snapshot(model)
@@ -82,9 +82,9 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         blocks = find_blocks(config, model, plan)
         if tap is not None:
             tap.refuse_towers(model, config)
-        # Experts that were just read are real already; a loader fills all others.
+        # A loader fills all experts but those that were just read from adapters.
         empty = low_cpu_mem_usage and not plan.files
-        # Plain attributes for _create_and_replace, which PEFT calls with no room for more.
+        # PEFT calls _create_and_replace with fixed arguments. The others pass through this attribute.
         self.__dict__["_injection"] = (plan, tap, stack, groups, blocks)
         with init_empty_weights() if empty else real_weights():
             try:
@@ -123,7 +123,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         mixture = LayerMixture(
             rank_map, scope, peft_config.backend, place_in(blocks, current_key, adapter_name)
         )
-        has_router = scope.scope == "module" and mixture.place is None
+        has_router = scope.scope == "module" and mixture.ffn is None
         router = Router(groups.settings(current_key), layer.in_features) if has_router else None
         if router is not None:
             router.scorer.expect_experts(rank_map.ranks)
@@ -132,7 +132,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
             mixture.pending_weights = True
         elif router is not None:
             router.scorer.read_experts(A_RI, B_RO, rank_map.ranks, rank_map.scaling)
-        # To the base layer's device, never to its dtype: experts keep theirs, routers float32.
+        # Only the device follows the base layer: experts keep their dtype, routers are float32.
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -142,7 +142,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        # PEFT's version moves weights around, which breaks on empty ones over int8; ours are placed already.
+        # PEFT's version moves weights, which fails for empty ones on int8. Ours are on their device already.
         setattr(parent, child_name, new_module)
 
     def _add_shared_routers(
@@ -154,8 +154,8 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         groups: LayerGroups,
         blocks: dict[str, FeedForward],
     ) -> None:
-        # Only now: PEFT would take a router that exists before the first injection for another adapter, and
-        # leave the base trainable.
+        # Only after the injection: PEFT would take an earlier router for another adapter, and leave the base
+        # trainable.
         model_router: ModelRouter | None = getattr(model, MODEL_ROUTER, None)
         if model_router is None:
             model_router = ModelRouter()
@@ -171,7 +171,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
             model_router.add_model_router(adapter, Router(config.router_settings(), width), tap)
         shared_routers += add_feed_forward_routers(model, adapter, groups, layers, blocks)
         if config.router_scope == "block":
-            per_linear = {n: layer for n, layer in layers.items() if layer.mixtures[adapter].place is None}
+            per_linear = {n: layer for n, layer in layers.items() if layer.mixtures[adapter].ffn is None}
             shared_routers += add_block_routers(model, adapter, groups, per_linear)
         if config.router_scope != "module" and not config.scorer.reads_input:
             share_constant(shared_routers, adapter, layers)
@@ -184,7 +184,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         return any(layer.disable_adapters for layer in layers.values())
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Frozen experts keep the dtype they came in, so that each can be taken out bit for bit.
+        # Frozen experts keep the dtype of their files, so that each can be taken out bit for bit.
         if self.peft_config[adapter_name].experts_train:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             for module in () if autocast_adapter_dtype else self.model.modules():
@@ -194,7 +194,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # A router has modules below the one that is named after the adapter.
+        # A router has modules below the module that is named after the adapter.
         pattern = rf"(\.{cls.prefix}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)"
         return re.sub(pattern, r"\1", key)
 
@@ -221,7 +221,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         return model
 
     def _constant_layers(self, adapter_names: list[str] | None) -> list[MoLoraLayer]:
-        """Layers of these adapters, refused where the gates of one depend on the input."""
+        """Return the layers of these adapters; raise if gates of one depend on the input."""
         names = self.active_adapters if adapter_names is None else adapter_names
         layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
         adapted = [layer for layer in layers if any(name in layer.mixtures for name in names)]
@@ -233,8 +233,8 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
 
 
 def _check_adapter_name(adapter: str, model: nn.Module) -> None:
-    # PEFT saves and copies adapters by their name between dots; a name that is also a part of a module's
-    # path silently leaves tensors out of the file.
+    # PEFT saves and copies adapters by their name between dots. It silently leaves tensors out of the file if
+    # the name is also a part of a module's path.
     parts = {
         p for name, m in model.named_modules() if not isinstance(m, BaseTunerLayer) for p in name.split(".")
     }

@@ -1,4 +1,4 @@
-"""The controls of a model that carries mixtures, as its methods, with names checked at once."""
+"""The controls as methods of a model with mixtures. They check names at once."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from .resolve_controls import constraints_of, fixed_gates
 
 
 class Controlled:
-    """Methods of a tuner; a PeftModel hands them through: ``with model.use_experts("math", "law"): …``."""
+    """Methods of the tuner, and so of a PeftModel: ``with model.use_experts("math", "law"): …``."""
 
     peft_config: dict[str, Any]
     active_adapters: list[str]
 
     def use_experts(self, *names: str) -> AbstractContextManager[None]:
-        """As :func:`peft_moe.use_experts`, and unknown names raise here."""
+        """Do what :func:`peft_moe.use_experts` does; unknown names raise here."""
         block = use_experts(*names)
         for adapter, config in self._active_mixtures().items():
             constraints_of(Controls(experts=names), adapter, config)
         return block
 
     def use_gates(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
-        """As :func:`peft_moe.use_gates`, and unknown names raise here."""
+        """Do what :func:`peft_moe.use_gates` does; unknown names raise here."""
         block = use_gates(weights)
         for adapter, config in self._active_mixtures().items():
             fixed_gates(weights, adapter, config)
         return block
 
     def use_temperature(self, temperature: float) -> AbstractContextManager[None]:
-        """As :func:`peft_moe.use_temperature`."""
+        """Do what :func:`peft_moe.use_temperature` does."""
         self._active_mixtures()
         return use_temperature(temperature)
 

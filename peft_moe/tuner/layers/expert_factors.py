@@ -1,4 +1,4 @@
-"""From a config to the factors of each layer: fresh, read from adapters, or still to be loaded.
+"""The factors of each layer's experts: fresh, read from adapters, or loaded later from a saved mixture.
 
 Letters: I in, O out, R total rank.
 """
@@ -21,20 +21,20 @@ from ...experts.spec import ExpertSpec
 from ...ops import RankMap
 from ..config.mixture import MoLoraConfig
 
-# Seconds after which a bar is shown: small mixtures are there before.
+# Seconds before a progress bar is shown. Small mixtures are read faster.
 PATIENCE = 1.0
 
 
 @dataclass
 class ExpertPlan:
-    """What goes where in one injection.
+    """The experts of one injection, and where their factors come from.
 
     Attributes:
         specs: the experts, in the mixture's order.
         files: their opened adapters; empty if they are fresh or embedded.
         pending_weights: the weights come later, from a saved mixture.
         init_weights: fresh experts start with B = 0.
-        bar: shows how many layers were read, where that takes long enough to be seen.
+        bar: the progress bar over layers, shown where reading takes long.
     """
 
     specs: list[ExpertSpec]
@@ -44,7 +44,7 @@ class ExpertPlan:
     bar: Any = None
 
     def rank_map(self, module_name: str) -> RankMap:
-        """Which rank of the module belongs to which expert."""
+        """Return which rank of the module belongs to which expert."""
         return RankMap(
             tuple(spec.rank_in(module_name) for spec in self.specs),
             tuple(spec.scaling_in(module_name) for spec in self.specs),
@@ -53,9 +53,9 @@ class ExpertPlan:
     def factors(
         self, module_name: str, ranks: RankMap, in_features: int, out_features: int
     ) -> tuple[Tensor, Tensor]:
-        """A [R, I] and B [R, O] of one module, whose ranks are ``ranks``.
+        """Return A [R, I] and B [R, O] of one module, whose ranks are ``ranks``.
 
-        Experts of different dtypes take the widest, which holds each of them exactly.
+        Experts of different dtypes share the widest one, which represents all of them exactly.
         """
         if self.files:
             if self.bar is not None:
@@ -69,7 +69,7 @@ class ExpertPlan:
         return _fresh_factors(ranks.total, in_features, out_features, zero=self.init_weights)
 
     def _read(self, module_name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-        # One pair after the other into its place: no second copy of a layer is ever held.
+        # Each pair is copied into its slab right after it is read, so that a layer is never in memory twice.
         files = [f for f in self.files if f.spec.rank_in(module_name)]
         dtype, total = files[0].dtype(module_name), 0
         for file in files:
@@ -88,7 +88,7 @@ class ExpertPlan:
         return A_RI, B_RO
 
     def close(self) -> None:
-        """Let go of the adapters' files; what was read has been copied."""
+        """Close the adapters' files. The factors have been copied."""
         if self.bar is not None:
             self.bar.close()
         for file in self.files:
@@ -96,7 +96,7 @@ class ExpertPlan:
 
 
 def _fresh_factors(rank: int, in_features: int, out_features: int, *, zero: bool) -> tuple[Tensor, Tensor]:
-    # As PEFT's LoRA starts: A drawn, B zero, so that the mixture begins as the base.
+    # PEFT's LoRA starts like this: A is random and B is zero, so that the mixture starts as the base.
     A_RI, B_RO = torch.empty(rank, in_features), torch.zeros(rank, out_features)
     nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
     if not zero:
@@ -105,13 +105,13 @@ def _fresh_factors(rank: int, in_features: int, out_features: int, *, zero: bool
 
 
 def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
-    """Open, check and describe the experts of a config; nothing of the base is touched.
+    """Open, check and describe the experts of a config, without changing the base.
 
-    A config with adapters is changed in place: ``experts`` becomes the records of what was read, and an
-    open ``target_modules`` the union of what the adapters adapt.
+    A config with adapters is changed in place: ``experts`` becomes the records of the adapters, and
+    ``target_modules``, if it is None, the union of the modules that they adapt.
 
     Raises:
-        PeftMoeError: an adapter that does not fit, see :func:`open_experts`.
+        PeftMoeError: an adapter does not fit; see :func:`open_experts`.
     """
     sources = config.sources()
     if not sources:
@@ -123,9 +123,9 @@ def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
     files = open_experts(sources, base, allow_base_mismatch=config.allow_base_mismatch)
     plan = ExpertPlan([f.spec for f in files], files=files)
     adapted = {module for f in files for module in f.modules}
-    # transformers' own, which its disable_progress_bar() silences.
-    what = f"Reading {len(files)} experts"
-    plan.bar = logging.tqdm(total=len(adapted), desc=what, unit="layer", delay=PATIENCE)
+    # The bar of transformers, so that its disable_progress_bar() silences this one as well.
+    title = f"Reading {len(files)} experts"
+    plan.bar = logging.tqdm(total=len(adapted), desc=title, unit="layer", delay=PATIENCE)
     if config.target_modules is None:
         config.target_modules = adapted  # type: ignore[assignment]  # PEFT keeps targets as a set
     elif config.target_modules != "all-linear":
@@ -137,7 +137,7 @@ def plan_experts(config: MoLoraConfig, base: nn.Module) -> ExpertPlan:
 def _record(config: MoLoraConfig, plan: ExpertPlan) -> None:
     for spec, trains in zip(plan.specs, config.trains, strict=True):
         if trains:
-            spec.digest = None  # soon no longer its own
+            spec.digest = None  # the first training step changes the weights
     config.train_experts = config.experts_default
     config.experts = [spec.to_record() for spec in plan.specs]
 

@@ -122,7 +122,7 @@ def add_feed_forward_routers(
     """
     block_routers: dict[str, SharedRouter] = {}
     for name, layer in layers.items():
-        if layer.mixtures[adapter].place is None or blocks[name].home in block_routers:
+        if layer.mixtures[adapter].ffn is None or blocks[name].home in block_routers:
             continue
         ffn, block_router = blocks[name], add_feed_forward_router(model, blocks[name])
         scope: RoutingScope = layer.mixtures[adapter].scope
@@ -158,14 +158,14 @@ def add_feed_forward_router(model: nn.Module, ffn: FeedForward) -> BlockRouter:
 
 def rest_goes(config: MoLoraConfig) -> str:
     """Where the base gets what a mixture's own gates leave: "nowhere" (they sum to 1), "null", or "apart"."""
-    whole = (
+    sums_to_one = (
         config.scoring_func == "softmax"
         and bool(config.norm_topk_prob)
         and config.topk_method != "expert_choice"
         and config.routed_scaling_factor == 1
         and not config.shared_experts
     )
-    if not whole:
+    if not sums_to_one:
         return "apart"
     return "null" if config.null_expert else "nowhere"
 
@@ -242,12 +242,12 @@ def _rows(h: Tensor, branches: Branches) -> Tensor:
 
 
 def mix_in_feed_forward(
-    place: FeedForwardPlace, x: Tensor, y: Tensor, A_RI: Tensor, B_RO: Tensor, ranks: RankMap, backend: str
+    ffn: FeedForwardPlace, x: Tensor, y: Tensor, A_RI: Tensor, B_RO: Tensor, ranks: RankMap, backend: str
 ) -> Tensor:
     """The part of one linear of an FFN.
 
     Args:
-        place: of the linear.
+        ffn: the place of the linear in its FFN.
         x: its input, [..., I]; of the last linear with the branches in front, [K, ..., I].
         y: its base layer's output, [..., O].
         A_RI, B_RO: the experts' factors on one rank axis.
@@ -260,14 +260,14 @@ def mix_in_feed_forward(
     Raises:
         PeftMoeError: the FFN is not being called, or moves tokens.
     """
-    branches = _running_in(place.home, place.adapter)
+    branches = _running_in(ffn.home, ffn.adapter)
     if branches is None:
         raise PeftMoeError(
-            f"mixing='block': {place.name} was called before the linears that read the input of "
-            f"{place.home}; use mixing='linear'"
+            f"mixing='block': {ffn.name} was called before the linears that read the input of "
+            f"{ffn.home}; use mixing='linear'"
         )
     base_NO, ids_NK = y.reshape(-1, y.shape[-1]), branches.ids
-    if not place.is_output:
+    if not ffn.is_output:
         branches.expanded = True
         out_KNO = expand_branches(x.reshape(-1, x.shape[-1]), A_RI, B_RO, ids_NK, ranks, base_NO, backend)
         return out_KNO.view(ids_NK.shape[1], *y.shape)

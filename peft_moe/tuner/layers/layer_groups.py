@@ -1,4 +1,4 @@
-"""What changes with depth: how many experts a layer has, and how many of them it uses (MoLA, 2402.08562)."""
+"""Groups of layers with their own number of experts and of used experts (MoLA, arXiv 2402.08562)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .tap import find_stack
 
 
 class LayerGroups:
-    """Places modules in the base's main stack, whose layers are split into groups of equal size.
+    """The base's main stack of layers, split into groups of equal size.
 
     Args:
-        config: with ``experts_per_layer`` or ``top_k_per_layer``; without them nothing is looked at.
+        config: of the mixture. Without ``experts_per_layer`` and ``top_k_per_layer`` there are no groups.
         model: the base.
 
     Raises:
@@ -28,13 +28,13 @@ class LayerGroups:
     def __init__(self, config: MoLoraConfig, model: nn.Module) -> None:
         self.config = config
         self.stack, self.layers = "", 0
-        given = [
+        grouped_fields = [
             name for name in ("experts_per_layer", "top_k_per_layer") if getattr(config, name) is not None
         ]
-        if given:
+        if grouped_fields:
             self.stack, layers = find_stack(model)
             self.layers = len(layers)
-        for name in given:
+        for name in grouped_fields:
             groups = len(getattr(config, name))
             if groups > self.layers:
                 raise PeftMoeError(
@@ -49,21 +49,21 @@ class LayerGroups:
         return values[index * len(values) // self.layers]
 
     def settings(self, module_name: str) -> RouterSettings:
-        """Those of the router that stands at ``module_name``."""
+        """Return the settings of the router at ``module_name``."""
         present = self._of(self.config.experts_per_layer, module_name)
         return layer_settings(self.config, present, self._of(self.config.top_k_per_layer, module_name))
 
     def cut(self, ranks: RankMap, module_name: str) -> RankMap:
-        """Ranks without the experts that the layer does not have."""
+        """Return the ranks without those of experts that the layer does not have."""
         present = self._of(self.config.experts_per_layer, module_name)
         if present is None:
             return ranks
-        kept = tuple(rank if expert < present else 0 for expert, rank in enumerate(ranks.ranks))
-        return RankMap(kept, ranks.scaling)
+        own_ranks = tuple(rank if expert < present else 0 for expert, rank in enumerate(ranks.ranks))
+        return RankMap(own_ranks, ranks.scaling)
 
 
 def layer_settings(config: MoLoraConfig, present: int | None, top_k: int | None) -> RouterSettings:
-    """Those of the router of one layer.
+    """Return the settings of the router of one layer.
 
     Args:
         config: the mixture's.

@@ -41,7 +41,7 @@ class LayerMixture:
         rank_map: which rank belongs to which expert.
         scope: who decides.
         backend: how the mixture is computed.
-        place: the layer's place in a feed-forward network at whose output the experts are mixed
+        ffn: the layer's place in a feed-forward network at whose output the experts are mixed
             (mixing="block"); None mixes them at this layer.
         frozen_rows: ranks of experts that stay as they are while others train, long [n]; None for none.
         constant_router: a router that other layers share, and whose gates do not depend on the input.
@@ -51,7 +51,7 @@ class LayerMixture:
     rank_map: RankMap
     scope: RoutingScope
     backend: str = "auto"
-    place: FeedForwardPlace | None = None
+    ffn: FeedForwardPlace | None = None
     frozen_rows: Tensor | None = None
     constant_router: Any = None
     pending_weights: bool = False
@@ -173,9 +173,9 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         mixture = self.mixtures[adapter]
         if mixture.pending_weights:
             self._check_arrived(adapter)
-        if mixture.place is not None:
+        if mixture.ffn is not None:
             A, B = self._factors(adapter, mixture)
-            return mix_in_feed_forward(mixture.place, x, y, A, B, mixture.rank_map, mixture.backend)
+            return mix_in_feed_forward(mixture.ffn, x, y, A, B, mixture.rank_map, mixture.backend)
         router: Any = self.molora_router[adapter] if adapter in self.molora_router else None  # noqa: SIM401  # ModuleDict has no get
         decision = mixture.scope.decide(x, router, context)
         names = current_request().row_adapters if context is None else context.row_adapters
@@ -257,7 +257,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             PeftMoeError: the gates depend on the input, or act behind the next layer: nothing can be merged.
         """
         refuse_passing(adapter)
-        if self.mixtures[adapter].place is not None:
+        if self.mixtures[adapter].ffn is not None:
             raise PeftMoeError(
                 f"adapter {adapter!r} mixes whole feed-forward networks (mixing='block'), whose sum is no "
                 "single network, so that it cannot be merged into one weight; serve it with peft_moe "

@@ -1,7 +1,8 @@
-"""Merging into a quantised base: PEFT unpacks and packs the weight, we say what the rounding cost.
+"""Merging into a base, also a quantised one.
 
-A mixture's change is small beside the weight, and a weight of 4 bits is rounded to one of 16 values: much of
-the change is lost, for a plain LoRA as well. Letters: O out, I in.
+PEFT unpacks and packs a quantised weight; this module reports the rounding error. A mixture changes a
+weight by little, and a weight of 4 bits is rounded to one of 16 values, so that much of the change is lost.
+The same holds for a plain LoRA. Letters: O out, I in.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import PeftMoeError
 from ...experts.base_modules import linear_sizes
 
-# ‖error‖/‖change‖ of each layer, by name, while somebody listens.
+# ‖error‖/‖change‖ of each layer, by name, during a merge.
 _errors: ContextVar[dict[str, float] | None] = ContextVar("peft_moe_requantised", default=None)
 
 
 def read_weight(layer: Any) -> Tensor:
-    """The weight of a layer's base, unpacked where it is quantised, in the base's own orientation."""
+    """Return the weight of a layer's base in the base's orientation, unpacked where it is quantised."""
     base_layer = layer.get_base_layer()
     backend = _backend(layer)
     weight: Tensor = base_layer.weight.data if backend is None else backend.get_base_weight(base_layer)
@@ -37,8 +38,8 @@ def write_weight(layer: Any, weight: Tensor, *, before: Tensor | None = None) ->
 
     Args:
         layer: a layer with experts.
-        weight: as :func:`read_weight` gives it.
-        before: what was there, against whose change the error of packing is measured.
+        weight: in the form that :func:`read_weight` returns.
+        before: the weight before the change; the error of packing is measured relative to the change.
     """
     backend = _backend(layer)
     if backend is None:
@@ -47,16 +48,16 @@ def write_weight(layer: Any, weight: Tensor, *, before: Tensor | None = None) ->
     backend.set_base_weight(layer, nn.Parameter(weight, requires_grad=False))
     errors = _errors.get()
     if errors is not None and before is not None:
-        kept = read_weight(layer).float()
+        packed = read_weight(layer).float()
         change = (weight.float() - before.float()).norm().clamp_min(torch.finfo(torch.float32).tiny)
-        errors[layer.name] = float((kept - weight.float()).norm() / change)
+        errors[layer.name] = float((packed - weight.float()).norm() / change)
 
 
 def check_mergeable(layer: Any) -> None:
-    """Whether a layer's weight can be read and written.
+    """Check that a layer's weight can be read and written.
 
     Raises:
-        PeftMoeError: it is quantised in a way that offers neither.
+        PeftMoeError: its quantisation does not allow it.
     """
     base_layer = layer.get_base_layer()
     backend = _backend(layer)
@@ -64,23 +65,23 @@ def check_mergeable(layer: Any) -> None:
         return
     if backend is None or not backend.supports_merge:
         kind = type(base_layer).__name__
-        held = type(getattr(base_layer, "weight", None)).__name__
+        weight_kind = type(getattr(base_layer, "weight", None)).__name__
         raise PeftMoeError(
-            f"{layer.name} is a {kind} that holds its weight as {held}, into which nothing can be merged; "
-            "serve the mixture unmerged, or merge it into the base in 16 bits"
+            f"{layer.name} is a {kind} that holds its weight as {weight_kind}, into which nothing can be "
+            "merged; serve the mixture unmerged, or merge it into the base in 16 bits"
         )
 
 
 @contextmanager
 def requantised(layers: list[Any], model: nn.Module) -> Iterator[None]:
-    """Merge within: layers learn how to pack again, and the error is reported at the end.
+    """Tell layers how to pack their weights during a merge, and report the error at the end.
 
     Args:
-        layers: those that will be merged.
+        layers: the layers that will be merged.
         model: their base.
 
     Raises:
-        PeftMoeError: at entry, where one of them cannot be merged; nothing has been touched then.
+        PeftMoeError: at entry, if a layer cannot be merged; no layer is changed then.
     """
     for layer in layers:
         layer.quantization = get_quantization_kwargs(model)
@@ -107,7 +108,7 @@ def _backend(layer: Any) -> Any:
 
 
 def _is_plain(base_layer: nn.Module) -> bool:
-    """A float matrix of the layer's own sizes; subclasses of tensors, but for shards, are packed."""
+    """Whether it is a plain float matrix of the layer's sizes; packed ones are subclasses of Tensor."""
     weight, sizes = getattr(base_layer, "weight", None), linear_sizes(base_layer)
     if not isinstance(weight, Tensor) or sizes is None or not weight.is_floating_point():
         return False

@@ -151,6 +151,6 @@ class ModelRouter(SharedRouter):
 
 def _no_hidden(router: Router, context: RoutingContext) -> Tensor:
     """A stand-in for the hidden states of a router that does not read them."""
-    known = (context.input_ids, context.real, context.domains)
-    device = next((t.device for t in known if t is not None), torch.device("cpu"))
+    tensors = (context.input_ids, context.real, context.domains)
+    device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
     return torch.zeros(1, 1, router.in_features, device=device)

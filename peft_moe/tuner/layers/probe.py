@@ -1,4 +1,4 @@
-"""Running the bare base up to a tap, and no further.
+"""The probe: a run of the bare base that stops at a tap.
 
 Letters: B batch, T sequence, I in (hidden size).
 """
@@ -17,7 +17,7 @@ from ...routing.context import RoutingContext, bound_to
 from ...routing.model_call import CACHES, cache_of, carries_past, is_static, past_length
 from .tap import Tap
 
-# Arguments that belong to losses and outputs, not to the base's hidden states.
+# Arguments that concern losses and outputs, and not the base's hidden states.
 _NOT_FOR_THE_PROBE = {
     "labels",
     "use_cache",
@@ -31,34 +31,34 @@ _NOT_FOR_THE_PROBE = {
 
 
 class TapReached(Exception):  # noqa: N818  # a stop, not an error
-    """Ends a probe; carries the hidden states at the tap, [B, T, I], as its only argument."""
+    """Ends a probe. Its only argument is the hidden states at the tap, [B, T, I]."""
 
 
 def run_probe(
     model: nn.Module, tap: Tap, call: dict[str, Any], context: RoutingContext, cache: DynamicCache | None
 ) -> Tensor:
-    """Hidden states of the base alone at the tap, without gradients.
+    """Compute the hidden states of the bare base at the tap, without gradients.
 
     Args:
-        model: the model that carries the mixture; its layers step aside while the probe runs.
+        model: the model that carries the mixture. Its mixture layers return the base's output during a probe.
         tap: where to stop.
-        call: the arguments of the call that is being prepared, by name.
+        call: the arguments of the call that is about to run, by name.
         context: of that call.
-        cache: keys and values of earlier steps of the probe, extended in place; None without.
+        cache: keys and values of earlier steps of the probe, extended in place; None for none.
 
     Returns:
         [B, T, I] at this call's tokens.
     """
     backbone = getattr(model, "base_model", model)
     accepted = inspect.signature(backbone.forward).parameters
-    # What the head does not name itself goes on to the layers (sequence boundaries of packed rows).
-    own = inspect.signature(model.forward).parameters
+    # Arguments that the head does not name are for the layers (sequence boundaries of packed rows).
+    of_head = inspect.signature(model.forward).parameters
     passed_on = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     arguments = {
         name: value
         for name, value in call.items()
         if not (name in _NOT_FOR_THE_PROBE or name in CACHES or carries_past(name, value))
-        and (name in accepted or (passed_on and name not in own))
+        and (name in accepted or (passed_on and name not in of_head))
     }
     if is_static(cache_of(call)):
         arguments = _without_static_cache(arguments, call, cache)
@@ -75,7 +75,7 @@ def run_probe(
 
 
 def _cache_name(backbone: nn.Module) -> str:
-    # A cache under a name that the base does not read would be lost in silence.
+    # The base would ignore a cache under a name that it does not read.
     accepted = inspect.signature(backbone.forward).parameters
     for name in CACHES:
         if name in accepted:
@@ -90,7 +90,7 @@ def _cache_name(backbone: nn.Module) -> str:
 def _without_static_cache(
     arguments: dict[str, Any], call: dict[str, Any], cache: DynamicCache | None
 ) -> dict[str, Any]:
-    # A static cache comes with a mask over all of its slots; the probe has no slots, only tokens.
+    # The mask of a static cache covers all its slots. The probe has tokens only.
     if cache is not None or past_length(call) > 0:
         raise PeftMoeError(
             "a router that decides per token with router_below_tap='probe' cannot run on a static KV cache; "
@@ -98,8 +98,8 @@ def _without_static_cache(
         )
     mask = arguments.get("attention_mask")
     masks = mask if isinstance(mask, dict) else {"mask": mask}
-    cut = {
+    cut_masks = {
         name: m[..., : m.shape[-2]] if isinstance(m, Tensor) and m.dim() == 4 else m
         for name, m in masks.items()
     }
-    return {**arguments, "attention_mask": cut if isinstance(mask, dict) else cut["mask"]}
+    return {**arguments, "attention_mask": cut_masks if isinstance(mask, dict) else cut_masks["mask"]}

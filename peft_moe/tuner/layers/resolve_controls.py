@@ -36,7 +36,7 @@ def constraints_of(controls: Controls, adapter: str, config: MoLoraConfig) -> Ro
     if controls.experts is None:
         return constraints
     allowed = [
-        resolve(name, config.expert_names, adapter=adapter, place="use_experts", null=settings.null_expert)
+        resolve(name, config.expert_names, adapter=adapter, argument="use_experts", null=settings.null_expert)
         for name in controls.experts
     ]
     masked = [column for column, expert in enumerate(settings.routed) if expert not in allowed]
@@ -55,7 +55,7 @@ def fixed_gates(weights: Mapping[str, float], adapter: str, config: MoLoraConfig
     """
     gates = [0.0] * config.num_experts
     for name, weight in weights.items():
-        index = resolve(name, config.expert_names, adapter=adapter, place="gates", null=False)
+        index = resolve(name, config.expert_names, adapter=adapter, argument="gates", null=False)
         gates[index] = float(weight)
     return gates
 
@@ -96,7 +96,7 @@ def _name_rows(
     adapter, config = _only(mixtures, "experts")
     names = config.expert_names
     index = [
-        ROUTER if name is None else resolve(name, names, adapter=adapter, place="experts", null=True)
+        ROUTER if name is None else resolve(name, names, adapter=adapter, argument="experts", null=True)
         for name in row_experts
     ]
     if context.shape is None:
@@ -125,8 +125,8 @@ def _only(mixtures: Mapping[str, MoLoraConfig], argument: str) -> tuple[str, MoL
 
 
 def _device(context: RoutingContext) -> Any:
-    known = (context.input_ids, context.real, context.domains, context.prompt)
-    return next((t.device for t in known if t is not None), torch.device("cpu"))
+    tensors = (context.input_ids, context.real, context.domains, context.prompt)
+    return next((t.device for t in tensors if t is not None), torch.device("cpu"))
 
 
 def refuse_company(mixtures: Mapping[str, MoLoraConfig], row_adapters: Sequence[str] | None) -> None:

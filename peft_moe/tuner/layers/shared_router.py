@@ -1,7 +1,8 @@
-"""Routers that several layers share, and the seats they have in the model.
+"""Routers that several layers share.
 
-A shared router is a PEFT layer without a base layer: PEFT then saves, loads, freezes and deletes it
-like any other. Its attribute must not hold PEFT's prefix ``molora_``, which PEFT skips on deletion.
+A shared router is a PEFT layer without a base layer, so that PEFT saves, loads, freezes and deletes it like
+any other layer. It is an attribute of the model or of a block. The attribute's name must not contain PEFT's
+prefix ``molora_``: PEFT skips modules with the prefix when it deletes an adapter.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ BLOCK_ROUTER = "block_router"
 
 
 class MixtureLayer(BaseTunerLayer):
-    """What PEFT is told to look for: layers with experts, and shared routers."""
+    """The layer class that PEFT looks for: layers with experts, and shared routers."""
 
     name: str
 
     def _start_empty(self) -> None:
-        # PEFT keeps these as class attributes, which instances would share.
+        # In PEFT these are class attributes, which all instances would share.
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 
     def adapters_now(self) -> list[str]:
-        """The adapters that the running call uses: the active ones, or those that its rows name."""
+        """Return the adapters that the running call uses: those that its rows name, else the active ones."""
         row_adapters = current_request().row_adapters
         if row_adapters is not None:
             return named_adapters(row_adapters)
@@ -45,14 +46,14 @@ class MixtureLayer(BaseTunerLayer):
         return active
 
     def _home(self, adapter: str) -> nn.Module | None:
-        """The part of the base next to which the weights of ``adapter`` live."""
+        """Return the part of the base whose device the weights of ``adapter`` follow."""
         raise NotImplementedError
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # PEFT calls this after a load; its own version also casts to the base's dtype, which would round
-        # experts, and asks shared routers for a base layer.
+        # PEFT calls this after a load. PEFT's version also casts to the base's dtype, which would round
+        # experts, and needs a base layer, which shared routers do not have.
         home = self._home(adapter_name)
         if device is None and home is not None:
             tensors = chain(home.named_parameters(), home.named_buffers())
@@ -70,7 +71,7 @@ class SharedRouter(nn.Module, MixtureLayer):
 
     adapter_layer_names = ("molora_router",)
     other_param_names: tuple[str, ...] = ()
-    # PEFT asks every layer of its methods for these; there is no base layer to answer for.
+    # PEFT reads these of every layer.
     in_features = out_features = None
 
     def __init__(self, name: str) -> None:
@@ -82,40 +83,40 @@ class SharedRouter(nn.Module, MixtureLayer):
 
     @property
     def weight(self) -> Tensor:
-        """None to be had: PEFT's own property would look for a base layer for ever."""
+        """Refuse: PEFT's own property would search for a base layer without end."""
         raise AttributeError("a shared router has no base layer, and so no weight")
 
     @property
     def bias(self) -> Tensor:
-        """The same."""
+        """Refuse, as for :attr:`weight`."""
         raise AttributeError("a shared router has no base layer, and so no bias")
 
     def detach_hooks(self) -> None:
-        """Leave the watched modules as they were found."""
+        """Remove all hooks from the watched modules."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
     def add_router(self, adapter: str, router: Router) -> None:
-        """Take in the router of ``adapter``; one that does not train is declared frozen to PEFT."""
+        """Add the router of ``adapter``. One that does not train is declared frozen to PEFT."""
         self.molora_router[adapter] = router
         if not router.trainable:
             self.frozen_peft_weight_names[adapter] = ("molora_router",)
 
     def forward(self, x: Any) -> Any:
-        """Pass on what comes in: an ``nn.Sequential`` takes a seat in it for one of its steps."""
+        """Return ``x``: an ``nn.Sequential`` that has a shared router calls it as one of its steps."""
         return x
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing of a router can be merged; the layers refuse before this is reached."""
+        """Do nothing: a router has no weight to merge, and the layers refuse a merge before."""
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        """Do nothing: no router was merged."""
 
 
 @dataclass
 class BlockCall:
-    """One call of a block: who decides, and what it decided per shape of tokens."""
+    """One call of a block: its router, and its decisions by adapter and shape of tokens."""
 
     block: BlockRouter
     decisions: dict[tuple[str, tuple[int, ...]], Routing] = field(default_factory=dict)
@@ -128,9 +129,9 @@ _block_call = Slot[BlockCall]("peft_moe_block")
 class BlockRouter(SharedRouter):
     """The router of one attention or feed-forward module.
 
-    The first adapted layer that the block calls decides, from its own input; the block's other layers
-    follow. The decision lives exactly as long as the call of the block, so that a recomputed block
-    decides again, and nothing is left over for the next forward pass.
+    It reads the input of the first adapted layer that the block calls; the block's other layers use the
+    same decision. The decision lasts as long as the call of the block. A recomputed block decides again, and
+    the next forward pass finds no old decision.
     """
 
     other_param_names = ("scopes",)
@@ -148,8 +149,8 @@ class BlockRouter(SharedRouter):
         return block
 
     def attach(self, block: nn.Module) -> None:
-        """Watch the calls of ``block``, and take a seat in it."""
-        self.__dict__["_block"] = block  # no submodule: the block already holds this seat
+        """Watch the calls of ``block``, and become an attribute of it."""
+        self.__dict__["_block"] = block  # no submodule: the block already holds this router
         setattr(block, BLOCK_ROUTER, self)
         self.handles.append(block.register_forward_pre_hook(self._enter))
         self.handles.append(block.register_forward_hook(self._leave, always_call=True))
@@ -168,16 +169,20 @@ def running_block() -> BlockCall | None:
     return _block_call.get()
 
 
-def share_constant(seats: list[SharedRouter], adapter: str, layers: dict[str, Any]) -> None:
-    """Tell layers by name who their router is: gates that do not depend on the input can be merged there."""
-    routers = {seat.name: seat.molora_router[adapter] for seat in seats if adapter in seat.molora_router}
+def share_constant(shared_routers: list[SharedRouter], adapter: str, layers: dict[str, Any]) -> None:
+    """Hand layers the shared router whose gates do not depend on the input, so that they can merge them."""
+    routers = {
+        shared.name: shared.molora_router[adapter]
+        for shared in shared_routers
+        if adapter in shared.molora_router
+    }
     for name, layer in layers.items():
         router = routers.get(name.rpartition(".")[0]) or routers.get(MODEL_ROUTER)
         layer.mixtures[adapter].constant_router = router
 
 
 def named_routers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Router]]:
-    """Every router of an adapter, under the name by which its decisions are recorded."""
+    """Yield every router of an adapter with the name under which its decisions are recorded."""
     for module in model.modules():
         if isinstance(module, MixtureLayer):
             routers: Any = getattr(module, "molora_router", {})

@@ -1,4 +1,4 @@
-"""Where a router of scope "model" looks: the input of one layer of the base's main stack."""
+"""The tap of a router of scope "model": the input of one layer of the base's main stack."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tap:
-    """One tap.
+    """The point at which a router reads hidden states.
 
     Attributes:
         name: of the layer whose input is read, as in ``model.named_modules()``.
         layer: that layer.
-        index: its place in the stack; None for a layer outside of it.
+        index: its index in the stack; None for a layer outside of it.
         below: "probe", "base" or "prompt"; see ``MoLoraConfig.router_below_tap``.
         text: prefix of the part that reads text, in a model of several towers.
         head: name of the output embedding.
@@ -36,14 +36,16 @@ class Tap:
     head: str = ""
 
     def refuse_towers(self, model: nn.Module, config: Any) -> None:
-        """What reads images may run before the text is there to decide from, as in ``generate``.
+        """Refuse experts outside of the text part of a model with several towers.
+
+        ``generate`` may run the other towers before the text, from which the router decides.
 
         Args:
             model: the base.
             config: of the mixture, with its targets.
 
         Raises:
-            PeftMoeError: experts outside of the part that reads text, and not left aside.
+            PeftMoeError: there are experts outside of the part that reads text, and they need a decision.
         """
         targets = config.target_modules
         if not self.text or self.below == "base" or targets is None:
@@ -59,7 +61,7 @@ class Tap:
                 )
 
     def lies_above(self, stack_name: str, module_name: str) -> bool:
-        """Whether ``module_name`` runs at or behind the tap; what reads images runs before it."""
+        """Whether ``module_name`` runs at the tap or after it. Other towers run before it."""
         if not module_name.startswith(self.text):
             return module_name == self.head
         if self.index is None or not module_name.startswith(stack_name + "."):
@@ -68,15 +70,15 @@ class Tap:
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The base's main stack of layers: the longest ``ModuleList``, the outermost of equals.
+    """Find the base's main stack of layers: the longest ``ModuleList`` that lies in no other one.
 
-    Of a model that reads images or sound besides, only the part that reads text is looked at.
+    In a model that also reads images or sound, the stack of the part that reads text is meant.
 
     Returns:
-        Its name and itself.
+        The name of the stack, and the stack.
 
     Raises:
-        PeftMoeError: the base has none.
+        PeftMoeError: the base has no stack.
     """
     start = _text_part(model)
     stacks = [
@@ -89,13 +91,13 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"router_scope='model' needs a base with a stack of layers; {type(model).__name__} has none. "
             "Use router_scope='module'"
         )
-    # Expert lists of a sparse base may be longer than its stack, but lie inside of it.
+    # A sparse base may have longer lists of experts. They lie inside its stack.
     outermost = [s for s in stacks if not any(s[0].startswith(other[0] + ".") for other in stacks)]
     return max(outermost, key=lambda stack: len(stack[1]))
 
 
 def _text_part(model: nn.Module) -> str:
-    """Prefix of the modules that read text in a model of several towers; empty for all others."""
+    """Return the prefix of the modules that read text in a model of several towers; else an empty text."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return ""
@@ -104,23 +106,23 @@ def _text_part(model: nn.Module) -> str:
     return next((f"{name}." for name, m in model.named_modules() if name and m is decoder), "")
 
 
-def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap, str]:
+def find_tap(model: nn.Module, layer: int | str | None, below: str) -> tuple[Tap, str]:
     """Resolve ``router_tap``.
 
     Args:
         model: the base.
-        where: an index into the main stack, the name of a layer of it, or None for the default.
+        layer: an index into the main stack, the name of one of its layers, or None for the middle one.
         below: "probe", "base" or "prompt".
 
     Returns:
         The tap and the stack's name.
 
     Raises:
-        PeftMoeError: there is no such layer.
+        PeftMoeError: the base has no layer of that name or index.
     """
     stack_name, stack = find_stack(model)
     names = [f"{stack_name}.{index}" for index in range(len(stack))]
-    index = len(stack) // 2 if where is None else where
+    index = len(stack) // 2 if layer is None else layer
     if isinstance(index, str):
         if index not in names:
             raise PeftMoeError(f"router_tap={index!r} is no layer of the base.{near_matches(index, names)}")
@@ -138,10 +140,10 @@ def find_tap(model: nn.Module, where: int | str | None, below: str) -> tuple[Tap
 
 
 def resolve_tap(config: MoLoraConfig, model: nn.Module) -> tuple[Tap | None, str]:
-    """The tap of a config on a base, and the stack's name; None and "" where no tap is read.
+    """Return the tap of a config on a base and the stack's name; None and "" if no router reads a tap.
 
     Raises:
-        PeftMoeError: the base cannot be routed as the config asks, or has no such layer.
+        PeftMoeError: the base cannot be routed as the config asks, or does not have the named layer.
     """
     shared = config.router_scope != "module" or config.router_granularity != "token"
     if shared and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
