@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import PeftMoeError
 from ..io.offload import read
+from ..routing.cached_submodules import cache_submodules
 from ..routing.context import Routing, RoutingConstraints, RoutingContext
 from ..routing.controls import NO_EXPERT, ROUTER
-from ..tuner.layers.cached_submodules import cache_submodules
 from .fp32_linear import UpcastCache, fp32_linear, widened
 from .pooling import pool_prompts, spread_turns
 from .running import running_features

@@ -51,7 +51,6 @@ KNOWN_CLIMBS = (
     "io.shards imports experts.extraction.files",
     "io.sources imports experts.checks",
     "io.sources imports tuner.config.weights_file",
-    "routers.router imports tuner.layers.cached_submodules",
 )
 NOT_ON_IMPORT = ("trl", "sklearn", "datasets", "matplotlib")
 

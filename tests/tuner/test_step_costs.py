@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_moe.routers.fp32_linear import PART_BYTES, UpcastCache
-from peft_moe.tuner.layers.cached_submodules import cache_submodules
+from peft_moe.routing.cached_submodules import cache_submodules
 from peft_moe.tuner.layers.linear import MoLoraLayer, gives_new_memory
 
 IDS = torch.tensor([[5, 9, 3, 7, 11]])
@@ -149,7 +149,7 @@ def test_a_base_layer_that_a_quantiser_swaps_is_the_one_that_is_called(zoo):
     assert not torch.equal(logits_of(model), before)
 
 
-def test_children_at_hand_follow_assignment_and_copies():
+def test_cached_submodules_follow_assignment_and_copies():
     parent = nn.Module()
     parent.child = nn.Linear(2, 2)
     cache_submodules(parent, "child")

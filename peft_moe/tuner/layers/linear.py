@@ -20,10 +20,10 @@ from ...experts.base_modules import linear_sizes
 from ...io.offload import read
 from ...ops import RankMap, folded_delta, mix
 from ...routers import Router
+from ...routing.cached_submodules import cache_submodules
 from ...routing.context import Routing, RoutingContext, current_context, current_request
 from ...routing.decision import per_token
 from ...routing.mixed_batch import narrow, rows_of
-from .cached_submodules import cache_submodules
 from .expert_factors import as_linear
 from .feed_forward import FeedForwardPlace, mix_in_feed_forward
 from .frozen_experts import detach_frozen_rows, freeze_rows, frozen_rows
