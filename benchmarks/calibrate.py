@@ -1,13 +1,13 @@
-"""Fit the cost model's constants to this device: bf16 and float32, frozen experts, two chosen ones.
+"""Fit the cost model's constants to this device, in bf16 and float32, for frozen experts and top-2.
 
     python benchmarks/calibrate.py            # prints them; under a minute of one core
-    python benchmarks/calibrate.py --write    # and puts them into peft_moe/ops/devices.json
+    python benchmarks/calibrate.py --write    # also writes them to peft_moe/ops/devices.json
 
-Forms are timed where they run: behind their base layer, with another routing in every call, some even and
-some not. Peaks come from a large product and a copy. What a form takes beyond its arithmetic is then split
-among the constants by least squares without negative ones. On a CPU the clock is the CPU time of one thread;
-on a GPU, CUDA events, and Triton's kernels are timed as well, and kept where they won at every size from some
-number of tokens on. (The GPU part has not run on a GPU yet.)
+Backends are timed as they run in a model: after their base layer, with a new routing in every call, some even
+and some uneven. Peak rates come from a large product and a copy. Non-negative least squares then split the
+time beyond the arithmetic among the constants. The clock is the CPU time of one thread on a CPU, and CUDA
+events on a GPU. On a GPU Triton's kernels are timed as well, and kept if they were the fastest at every size
+from some number of tokens on. (The GPU part has not run on a GPU yet.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_moe.ops import BACKENDS, MixInputs, RankMap, call_spec_of
+from peft_moe.ops import BACKENDS, CallSpec, MixInputs, RankMap, call_spec_of
 from peft_moe.ops.backend import NEVER_CHEAPEST
 from peft_moe.ops.device_costs import DEVICES, Constants, Kernel, constants_for
 
@@ -39,7 +39,7 @@ KERNELS = ("triton_stacked", "triton_sorted", "triton_gather")
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens, in, out, experts, rank of one."""
+    """Tokens, input and output width, number of experts and rank of each."""
 
     tokens: int
     width: int
@@ -81,8 +81,8 @@ class Timed:
         self.ranks = RankMap((s.rank,) * s.experts, (1.0,) * s.experts)
         self.choices = []
         for number in range(ROUTINGS):
-            favour = number * torch.randn(s.experts, generator=generator) / 2
-            weights, ids = (torch.randn(s.tokens, s.experts, generator=generator) + favour).topk(K)
+            bias = number * torch.randn(s.experts, generator=generator) / 2
+            weights, ids = (torch.randn(s.tokens, s.experts, generator=generator) + bias).topk(K)
             self.choices.append((ids.to(device), weights.softmax(-1).to(device)))
         self.call = 0
 
@@ -93,7 +93,7 @@ class Timed:
         return MixInputs(self.x, self.A, self.B, weights, self.ranks, base, ids, weights, False)
 
     def seconds(self, names: list[str], clock: Callable[[Callable[[], object]], float]) -> dict[str, float]:
-        """Median of what each form adds to the base layer of the same round."""
+        """Return the median seconds that each backend adds to the base layer of the same round."""
         runs: dict[str, Callable[[], object]] = {"base": self.inputs}
         runs |= {name: lambda f=BACKENDS[name]: f.mix(self.inputs()) for name in names}
         for run in runs.values():
@@ -122,56 +122,56 @@ def cuda_clock(run: Callable[[], object]) -> float:
 def peaks(
     dtype: torch.dtype, device: str, clock: Callable[[Callable[[], object]], float]
 ) -> tuple[float, float]:
-    """FLOPs and bytes per second: the best of several large products and copies."""
+    """Measure FLOPs and bytes per second: the best of several large products and copies."""
     size = 1024 if device == "cpu" else 8192
-    one, other = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     source = torch.ones(2**27 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    for run in (lambda: one @ other, lambda: target.copy_(source)):
+    for run in (lambda: left @ right, lambda: target.copy_(source)):
         run()
-    product = min(clock(lambda: one @ other) for _ in range(7))
+    product = min(clock(lambda: left @ right) for _ in range(7))
     copied = min(clock(lambda: target.copy_(source)) for _ in range(7))
     return 2 * size**3 / product, 2 * len(source) / copied
 
 
-def terms(name: str, spec, known: Constants) -> list[float]:
-    """Seconds of a form per unit of each constant that is fitted, by asking the model itself."""
+def terms(name: str, spec: CallSpec, known: Constants) -> list[float]:
+    """Return a backend's predicted seconds without the fitted constants, and per unit of each of them."""
     none = replace(
         known, passes=0.0, per_rank=0.0, launch=0.0, segment=0.0, sort=0.0, weight_bandwidth=1e30, kernels={}
     )
     bare = BACKENDS[name].cost(spec, none)
     unit = {"passes": 1.0, "per_rank": 1e-9, "launch": 1e-6, "segment": 1e-6, "sort": 1e-6}
-    one = [
+    per_unit = [
         (BACKENDS[name].cost(spec, replace(none, **{key: unit[key]})) - bare) / unit[key]
         for key in PARTS[name]
         if key != "weight_bandwidth"
     ]
     if "weight_bandwidth" in PARTS[name]:
-        one.append((BACKENDS[name].cost(spec, replace(none, weight_bandwidth=1e9)) - bare) * 1e9)
-    return [bare, *one]
+        per_unit.append((BACKENDS[name].cost(spec, replace(none, weight_bandwidth=1e9)) - bare) * 1e9)
+    return [bare, *per_unit]
 
 
 PARTS = {"stacked": ["per_rank", "launch"], "grouped": ["passes", "segment", "sort", "weight_bandwidth"]}
 
 
 def fit(name: str, cases: list[tuple[object, dict[str, float]]], known: Constants) -> Constants:
-    """The constants of one form, by least squares of relative errors; a negative one is left at zero."""
-    rows, wanted = [], []
+    """Fit a backend's constants by least squares of relative errors; a negative constant becomes zero."""
+    rows, targets = [], []
     for spec, seconds in cases:
         bare, *parts = terms(name, spec, known)
         rows.append([part / seconds[name] for part in parts])
-        wanted.append((seconds[name] - bare) / seconds[name])
-    left = list(range(len(PARTS[name])))
-    values = [0.0] * len(left)
-    table, right = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
-    while left:
-        # Columns differ by many orders: scaled, or least squares would drop the small ones.
-        scale = table[:, left].norm(dim=0).clamp_min(1e-300)
-        found = torch.linalg.lstsq(table[:, left] / scale, right[:, None]).solution[:, 0] / scale
-        if (found >= 0).all():
-            values = [float(found[left.index(i)]) if i in left else 0.0 for i in range(len(values))]
+        targets.append((seconds[name] - bare) / seconds[name])
+    free = list(range(len(PARTS[name])))
+    values = [0.0] * len(free)
+    table, right = torch.tensor(rows, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)
+    while free:
+        # Columns differ by many orders of magnitude; unscaled, least squares would drop the small ones.
+        scale = table[:, free].norm(dim=0).clamp_min(1e-300)
+        solution = torch.linalg.lstsq(table[:, free] / scale, right[:, None]).solution[:, 0] / scale
+        if (solution >= 0).all():
+            values = [float(solution[free.index(i)]) if i in free else 0.0 for i in range(len(values))]
             break
-        left.pop(int(found.argmin()))
+        free.pop(int(solution.argmin()))
     fitted = dict(zip(PARTS[name], values, strict=True))
     if "weight_bandwidth" in fitted:
         fitted["weight_bandwidth"] = 1 / fitted["weight_bandwidth"] if fitted["weight_bandwidth"] else 1e30
@@ -180,8 +180,8 @@ def fit(name: str, cases: list[tuple[object, dict[str, float]]], known: Constant
 
 
 def kernels(cases: list[tuple[object, dict[str, float]]], known: Constants) -> dict[str, Kernel]:
-    """Triton forms that were fastest at every timed size from some number of tokens on."""
-    found = {}
+    """Return the Triton backends that were fastest at every timed size from some number of tokens on."""
+    fastest = {}
     for name in KERNELS:
         timed = sorted(((f.tokens, f, s) for f, s in cases if name in s), key=lambda case: case[0])
         won = []
@@ -192,12 +192,12 @@ def kernels(cases: list[tuple[object, dict[str, float]]], known: Constants) -> d
         if won:
             bare = replace(known, kernels={name: Kernel(0, False, 0.0, 1.0)})
             launch = statistics.median(s - BACKENDS[name].cost(f, bare) for _, f, s in won)
-            found[name] = Kernel(min(t for t, _, _ in won), False, max(launch, 0.0), 1.0)
-    return found
+            fastest[name] = Kernel(min(t for t, _, _ in won), False, max(launch, 0.0), 1.0)
+    return fastest
 
 
 def calibrate(dtype: torch.dtype, device: str, shapes: list[Shape], say=print) -> Constants:
-    """Constants of one dtype, with a table of what they predict."""
+    """Return the constants of one dtype, and print a table of their predictions."""
     clock = cpu_clock if device == "cpu" else cuda_clock
     flops, bandwidth = peaks(dtype, device, clock)
     shipped = constants_for(device, dtype)
@@ -209,12 +209,12 @@ def calibrate(dtype: torch.dtype, device: str, shapes: list[Shape], say=print) -
             spec = call_spec_of(timed.inputs())
             names = [n for n in (*FITTED, *KERNELS) if BACKENDS[n].supports(spec) is None]
             if BACKENDS["gather"].cost(spec, known) < NEVER_CHEAPEST:
-                names.append("gather")  # of the same constants
+                names.append("gather")  # it uses the same constants
             cases.append((spec, timed.seconds(names, clock)))
     for name in FITTED:
-        own = [case for case in cases if name in case[1]]
-        if len(own) > len(PARTS[name]):
-            known = fit(name, own, known)
+        timed_cases = [case for case in cases if name in case[1]]
+        if len(timed_cases) > len(PARTS[name]):
+            known = fit(name, timed_cases, known)
     known = replace(known, kernels=kernels(cases, known))
     say(f"\n{device}, {dtype}: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
     say("| tokens, layer, experts | measured us | predicted us | chosen now, regret | with shipped |")
@@ -234,8 +234,8 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into devices.json")
-    parser.add_argument("--quick", action="store_true", help="two tiny shapes: does it run?")
+    parser.add_argument("--write", action="store_true", help="write the constants to devices.json")
+    parser.add_argument("--quick", action="store_true", help="a few tiny shapes: does it run?")
     parser.add_argument("--file", type=Path, default=DEVICES)
     args = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,19 +245,19 @@ def main(words: list[str] | None = None) -> None:
         shapes = [Shape(t, 64, 96, e, 8) for t in (32, 64) for e in (4, 8, 16)]
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     entry: dict[str, object] = {
-        "source": f"benchmarks/calibrate.py, torch {torch.__version__}: in layers that run, top-2"
+        "source": f"benchmarks/calibrate.py, torch {torch.__version__}: measured in layers that run, top-2"
     }
     for dtype in (torch.bfloat16, torch.float32):
         entry[str(dtype)[6:]] = round_all(asdict(calibrate(dtype, device, shapes)))
     print(json.dumps({name: entry}, indent=1))
     if args.write:
-        held = json.loads(args.file.read_text(encoding="utf-8")) if args.file.exists() else {}
-        args.file.write_text(json.dumps({**held, name: entry}, indent=1) + "\n", encoding="utf-8")
+        entries = json.loads(args.file.read_text(encoding="utf-8")) if args.file.exists() else {}
+        args.file.write_text(json.dumps({**entries, name: entry}, indent=1) + "\n", encoding="utf-8")
         print(f"Written to {args.file}.")
 
 
 def round_all(numbers):
-    """Three digits: more would claim what the clock cannot tell."""
+    """Round to three digits, the precision of the clock."""
     if isinstance(numbers, dict):
         return {key: round_all(value) for key, value in numbers.items()}
     return float(f"{numbers:.3g}") if isinstance(numbers, float) else numbers

@@ -1,13 +1,13 @@
-"""One linear layer on one GPU: every form of the mixture against the bare layer, LoRAs and the roofline.
+"""One linear layer on one GPU: each backend of the mixture beside the bare layer, LoRAs and the roofline.
 
     python benchmarks/gpu_layer.py --quick      # about 25 s of a GPU
     python benchmarks/gpu_layer.py              # about 80 s; both write <out>/gpu_layer.json
 
-Parity comes first: a form that is not right is not timed. Times are medians of CUDA events with a cold L2
-(triton.testing.do_bench); "graph" rows replay a CUDA graph. The router is left out: its decision is given.
-Floor: the added bytes (x read, base read, y written, the chosen slabs) at the copy bandwidth measured here,
-or the added FLOPs at the measured rate of a large product, whichever is longer. Each section stands alone:
-one that fails prints its traceback and the next one goes on.
+Parity comes first: a backend with wrong results is not timed. Times are medians of CUDA events with a cold L2
+(triton.testing.do_bench); "graph" rows replay a CUDA graph. The router is not timed, its decision is fixed.
+The floor is the time of the added bytes (x read, base read, y written, the chosen slabs) at the measured copy
+bandwidth, or of the added FLOPs at the measured rate of a large product, whichever is longer. Sections are
+independent: one that fails prints its traceback, and the next one runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 try:
     import peft_moe
-except Exception as error:  # the arithmetic needs torch and Triton only
+except Exception as error:  # the ops need only torch and Triton
     print(f"peft_moe without its package ({type(error).__name__}: {error})")
     peft_moe = types.ModuleType("peft_moe")
     peft_moe.__path__ = [str(ROOT / "peft_moe")]
@@ -53,7 +53,7 @@ def say(*words: object) -> None:
 
 
 def median(run: Callable[[], object], rep: int = 20) -> float:
-    """Microseconds, a median with a cold L2."""
+    """Return the median microseconds with a cold L2."""
     from triton.testing import do_bench
 
     return 1e3 * float(do_bench(run, warmup=5, rep=rep, return_mode="median"))
@@ -71,7 +71,7 @@ def guarded(section: Callable[..., None], *arguments: object) -> None:
 
 
 class Case:
-    """Random operands of one shape, and the variants that are timed on them."""
+    """Random inputs of one shape; the variants are timed on them."""
 
     def __init__(self, tokens: int, shape: tuple[int, int], experts: int, rank: int) -> None:
         self.tokens, (self.I, self.O), self.E, self.r = tokens, shape, experts, rank
@@ -93,7 +93,7 @@ class Case:
         return MixInputs(x, self.A, self.B, weights, self.ranks, base, self.ids, weights)
 
     def lora(self, rank: int) -> torch.nn.Module:
-        """PEFT's own LoRA; what it does in eager mode, where PEFT is not there."""
+        """Make PEFT's LoRA of this layer."""
         linear = torch.nn.Linear(self.I, self.O, bias=False, device="meta")
         linear.weight = torch.nn.Parameter(self.W, requires_grad=False)
         from peft import LoraConfig, get_peft_model
@@ -103,14 +103,14 @@ class Case:
         return model.to(device="cuda", dtype=BF16)
 
     def floor(self, peak: float, bandwidth: float) -> float:
-        """Microseconds that the chosen experts must add to the layer."""
+        """Return the microseconds that the chosen experts add at least."""
         slabs = min(self.E, self.tokens * K) * self.r * (self.I + self.O)
         moved = 2 * (self.tokens * (self.I + 2 * self.O) + slabs)
         return 1e6 * max(moved / bandwidth, 2 * self.tokens * K * self.r * (self.I + self.O) / peak)
 
 
 def as_graph(run: Callable[[], object]) -> Callable[[], object]:
-    """The same work as one CUDA graph."""
+    """Record the work in a CUDA graph and return its replay."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         run(), run()
@@ -122,19 +122,19 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def forward_variants(case: Case) -> dict[str, Callable[[], object]]:
-    found: dict[str, Callable[[], object]] = {"base": lambda: functional.linear(case.x, case.W)}
+    variants: dict[str, Callable[[], object]] = {"base": lambda: functional.linear(case.x, case.W)}
     for name, rank in (("lora r", case.r), ("lora kr", K * case.r), ("lora Er", case.E * case.r)):
         model = case.lora(rank)
-        found[name] = lambda m=model: m(case.x)
+        variants[name] = lambda m=model: m(case.x)
     choice = choose(call_spec_of(case.inputs(case.x, case.weights)))
     for name in choice.costs:
-        found[name] = lambda f=BACKENDS[name]: f.mix(case.inputs(case.x, case.weights))
+        variants[name] = lambda f=BACKENDS[name]: f.mix(case.inputs(case.x, case.weights))
     if case.E > 8:
-        found.pop("reference", None)
+        variants.pop("reference", None)
     if case.tokens > 512:  # gigabytes of copied slabs
-        found.pop("gather", None)
+        variants.pop("gather", None)
     RESULTS["auto"] = choice.backend.name
-    return found
+    return variants
 
 
 def training_variants(case: Case) -> dict[str, Callable[[], object]]:
@@ -145,20 +145,20 @@ def training_variants(case: Case) -> dict[str, Callable[[], object]]:
         out.backward(direction)
         x.grad = weights.grad = None
 
-    found: dict[str, Callable[[], object]] = {"base": lambda: backward(functional.linear(x, case.W))}
+    variants: dict[str, Callable[[], object]] = {"base": lambda: backward(functional.linear(x, case.W))}
     for name, rank in (("lora r", case.r), ("lora kr", K * case.r), ("lora Er", case.E * case.r)):
         model = case.lora(rank)
-        found[name] = lambda m=model: (backward(m(x)), m.zero_grad())
+        variants[name] = lambda m=model: (backward(m(x)), m.zero_grad())
     with torch.enable_grad():
         choice = choose(call_spec_of(case.inputs(x, weights)))
     for name in choice.costs:
-        found[name] = lambda f=BACKENDS[name]: backward(f.mix(case.inputs(x, weights)))
+        variants[name] = lambda f=BACKENDS[name]: backward(f.mix(case.inputs(x, weights)))
     if case.E > 8:
-        found.pop("reference", None)
+        variants.pop("reference", None)
     if case.tokens > 512:  # gigabytes of copied slabs
-        found.pop("gather", None)
+        variants.pop("gather", None)
     RESULTS["auto"] = choice.backend.name
-    return found
+    return variants
 
 
 def time_case(case: Case, mode: str, peak: float, bandwidth: float) -> None:
@@ -176,11 +176,11 @@ def time_case(case: Case, mode: str, peak: float, bandwidth: float) -> None:
     RESULTS["cases"].append({**row, "floor": floor, "auto": RESULTS["auto"], "us": times})
     base = times["base"]
     cells = " ".join(f"{name}:{us / base:.2f}" for name, us in times.items() if name != "base")
-    own = {n: us for n, us in times.items() if n in BACKENDS}
-    if not own:
-        return say(f"{mode} T{case.tokens}: no form ran")
-    best = min(own, key=lambda n: own[n])
-    reached = floor / max(own[best] - base, 1e-3)
+    ours = {n: us for n, us in times.items() if n in BACKENDS}
+    if not ours:
+        return say(f"{mode} T{case.tokens}: no backend ran")
+    best = min(ours, key=lambda n: ours[n])
+    reached = floor / max(ours[best] - base, 1e-3)
     head = f"{mode:5} T{case.tokens:<4} {case.I}x{case.O} {case.E}x{case.r}"
     say(f"{head} base {base:.0f}us | {cells} | best {best} auto {RESULTS['auto']} floor {reached:.0%}")
 
@@ -193,8 +193,8 @@ def environment() -> None:
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copied = median(lambda: target.copy_(source), 50)
-    one, other = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
-    multiplied = median(lambda: one @ other, 50)
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+    multiplied = median(lambda: left @ right, 50)
     RESULTS["device"] = name
     RESULTS["bandwidth"] = 2 * 2**30 / copied * 1e6
     RESULTS["peak"] = 2 * 8192**3 / multiplied * 1e6
@@ -202,18 +202,18 @@ def environment() -> None:
 
 
 def parity() -> None:
-    """Every form, forward and router gradients, against float64."""
+    """Compare each backend's output and router gradients with float64."""
     bad = []
     for dtype, bound in ((BF16, 8e-3), (torch.float16, 2e-3), (torch.float32, 1e-5)):
         for tokens, experts, rank in ((300, 8, 16), (7, 128, 8), (1, 8, 64)):
             m = draw_mixture(tokens, 512, 384, (rank,) * experts, K, dtype=dtype, device="cuda")
             for train in (False, True):
                 x, weights = (t.clone().requires_grad_(train) for t in (m.x, m.weights))
-                given = MixInputs(x, m.a, m.b, weights, m.ranks, m.base, m.ids, weights)
-                for name in choose(call_spec_of(given)).costs:
-                    bad += check_form(name, given, m, bound, train)
-    say("parity:", "all forms agree with float64" if not bad else "; ".join(bad))
-    # What is timed is bf16: a form that cannot do another dtype stays in.
+                inputs = MixInputs(x, m.a, m.b, weights, m.ranks, m.base, m.ids, weights)
+                for name in choose(call_spec_of(inputs)).costs:
+                    bad += check_backend(name, inputs, m, bound, train)
+    say("parity:", "all backends agree with float64" if not bad else "; ".join(bad))
+    # Only bf16 is timed, so a backend that fails in another dtype stays in.
     for name in {
         line.split()[0] for line in bad if " bfloat16 " in line and not line.startswith("reference")
     }:
@@ -221,30 +221,28 @@ def parity() -> None:
         del BACKENDS[name]
 
 
-def check_form(name: str, given: MixInputs, m: Any, bound: float, train: bool) -> list[str]:
-    what = f"{name} {str(m.x.dtype)[6:]} T{len(m.x)} E{len(m.ranks.ranks)} {'train' if train else 'forward'}"
+def check_backend(name: str, inputs: MixInputs, m: Any, bound: float, train: bool) -> list[str]:
+    label = f"{name} {str(m.x.dtype)[6:]} T{len(m.x)} E{len(m.ranks.ranks)} {'train' if train else 'forward'}"
     try:
-        out = BACKENDS[name].mix(given)
+        out = BACKENDS[name].mix(inputs)
         errors = [distance(out, m.expected())]
         if train:
             direction = torch.randn_like(out)
-            found = torch.autograd.grad(out, (given.x, given.weights), direction)
+            dx, dw = torch.autograd.grad(out, (inputs.x, inputs.weights), direction)
             expected_dx, expected_dw = m.expected_gradients(direction)
             absent = m.ids.cpu() == len(m.ranks.ranks)
             errors += [
-                distance(found[0], expected_dx),
-                distance(
-                    found[1].masked_fill(absent.to(found[1].device), 0), expected_dw.masked_fill(absent, 0)
-                ),
+                distance(dx, expected_dx),
+                distance(dw.masked_fill(absent.to(dw.device), 0), expected_dw.masked_fill(absent, 0)),
             ]
-        return [] if max(errors) <= bound else [f"{what} off by {max(errors):.1e}"]
+        return [] if max(errors) <= bound else [f"{label} off by {max(errors):.1e}"]
     except Exception as error:
-        RESULTS["errors"].append(what + "\n" + traceback.format_exc())
-        return [f"{what} raised {type(error).__name__}: {str(error)[:200]}"]
+        RESULTS["errors"].append(label + "\n" + traceback.format_exc())
+        return [f"{label} raised {type(error).__name__}: {str(error)[:200]}"]
 
 
 def pieces(shapes: list[tuple[int, tuple[int, int], int, int]]) -> None:
-    """Each kernel by itself, beside what cuBLAS takes for the same."""
+    """Time each kernel alone, beside cuBLAS on the same product."""
     for shape in shapes:
         pieces_of(shape)
 
@@ -294,7 +292,7 @@ def pieces_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
 
 
 def tiles(shapes: list[tuple[int, tuple[int, int], int, int]]) -> None:
-    """Other tile sizes than the usual ones, kernel by kernel; the three best of each."""
+    """Time other tile sizes than the default ones, kernel by kernel; print the three best of each."""
     for shape in shapes:
         tiles_of(shape)
 
@@ -308,14 +306,14 @@ def tiles_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
     c = Case(*shape)
     base = functional.linear(c.x, c.W)
     tables = rank_tables(c.ranks.ranks, c.ranks.scaling, c.x.device)
-    wide = min(128, c.E * c.r)
-    found: dict[str, dict[str, float]] = {}
+    columns_A = min(128, c.E * c.r)
+    times_of: dict[str, dict[str, float]] = {}
 
-    def attempt(kernel: str, label: str, run: Callable[[], object], found: Any = found) -> None:
+    def attempt(kernel: str, label: str, run: Callable[[], object]) -> None:
         try:
-            found.setdefault(kernel, {})[label] = median(run, 10)
+            times_of.setdefault(kernel, {})[label] = median(run, 10)
         except Exception as error:
-            found.setdefault(kernel, {})[f"{label} {type(error).__name__}"] = 1e9
+            times_of.setdefault(kernel, {})[f"{label} {type(error).__name__}"] = 1e9
 
     for rows in (16, 32, 64):
         schedule = make_schedule(c.ids, c.E, rows)
@@ -339,10 +337,10 @@ def tiles_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
         (16, 128, 4, 4), (32, 64, 4, 5), (32, 128, 4, 3), (32, 128, 8, 3),
         (64, 64, 4, 4), (64, 128, 8, 3), (128, 64, 8, 4)
     ):  # fmt: skip
-        t = Tiles(rows, wide, depth, warps, stages)
+        t = Tiles(rows, columns_A, depth, warps, stages)
         attempt(
             "gated A",
-            f"{rows}/{wide}/{depth}/{warps}w{stages}s",
+            f"{rows}/{columns_A}/{depth}/{warps}w{stages}s",
             lambda t=t: triton_stacked.stacked_shrink(
                 c.x, c.A, c.weights, tables, expert_ids_NK=c.ids, tiles=t
             ),
@@ -358,15 +356,15 @@ def tiles_of(shape: tuple[int, tuple[int, int], int, int]) -> None:
             f"{rows}/{columns}/{depth}/{warps}w{stages}s",
             lambda t=t: triton_stacked.stacked_expand(flat, c.B, base, tiles=t),
         )
-    RESULTS["tiles"].append({"shape": shape, "us": found})
-    for kernel, times in found.items():
+    RESULTS["tiles"].append({"shape": shape, "us": times_of})
+    for kernel, times in times_of.items():
         best = sorted(times.items(), key=lambda item: item[1])
-        told = ", ".join(f"{label}={us:.0f}" for label, us in [*best[:3], best[-1]])
-        say(f"tiles T{c.tokens} {c.I}x{c.O} {c.E}x{c.r} {kernel}: {told} (worst last)")
+        ranking = ", ".join(f"{label}={us:.0f}" for label, us in [*best[:3], best[-1]])
+        say(f"tiles T{c.tokens} {c.I}x{c.O} {c.E}x{c.r} {kernel}: {ranking} (worst last)")
 
 
 def fit() -> None:
-    """What the cost model would need here: seconds added to the layer, as multiples of its own terms."""
+    """Fit the cost model's terms to the seconds that each backend added to the layer."""
     for name in BACKENDS:
         rows, added = [], []
         for case in RESULTS["cases"]:
@@ -380,11 +378,11 @@ def fit() -> None:
                 rows.append([2 * T * ranks * sizes, T * ranks + T * case["O"], 1.0])
             added.append((case["us"][name] - case["us"]["base"]) * 1e-6)
         if len(rows) >= 4:
-            found = torch.linalg.lstsq(torch.tensor(rows).double(), torch.tensor(added).double()[:, None])
+            solution = torch.linalg.lstsq(torch.tensor(rows).double(), torch.tensor(added).double()[:, None])
             terms = ("per byte", "per slab byte") if name == "triton_sorted" else ("per FLOP", "per element")
-            told = {k: float(v) for k, v in zip((*terms, "launch"), found.solution[:, 0], strict=True)}
-            RESULTS.setdefault("fit", {})[name] = told
-            say(f"fit {name}:", " ".join(f"{k} {v:.2e}" for k, v in told.items()))
+            fitted = {k: float(v) for k, v in zip((*terms, "launch"), solution.solution[:, 0], strict=True)}
+            RESULTS.setdefault("fit", {})[name] = fitted
+            say(f"fit {name}:", " ".join(f"{k} {v:.2e}" for k, v in fitted.items()))
 
 
 def main() -> None:
@@ -392,7 +390,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "benchmarks/results")))
     options = parser.parse_args()
-    square, wide = (4096, 4096), (4096, 14336)
+    square, ffn = (4096, 4096), (4096, 14336)
     big = [(4096, square, 8, 16), (4096, square, 128, 16)]
     grid: list[tuple[str, int, tuple[int, int], int, int]] = [
         ("fwd", 4096, square, 8, 16),
@@ -408,9 +406,9 @@ def main() -> None:
         grid += [("fwd", 1, square, 8, 16), ("train", 512, square, 32, 16)]
         grid += [("fwd", 4096, square, e, r) for e, r in ((8, 8), (32, 16), (8, 64), (32, 64), (128, 64))]
         grid += [("train", 4096, square, e, r) for e, r in ((32, 16), (32, 64))]
-        grid += [(m, 4096, wide, e, 16) for e in (8, 32, 128) for m in ("fwd", "train")]
-        grid += [("fwd", 512, shape, e, 16) for shape in (square, wide) for e in (8, 128)]
-        grid += [("graph", t, shape, e, 16) for t in (1, 8) for shape in (square, wide) for e in (8, 128)]
+        grid += [(m, 4096, ffn, e, 16) for e in (8, 32, 128) for m in ("fwd", "train")]
+        grid += [("fwd", 512, shape, e, 16) for shape in (square, ffn) for e in (8, 128)]
+        grid += [("graph", t, shape, e, 16) for t in (1, 8) for shape in (square, ffn) for e in (8, 128)]
     guarded(environment)
     guarded(parity)
     guarded(pieces, big)

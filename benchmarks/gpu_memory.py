@@ -1,10 +1,10 @@
-"""Training a router over an 8B base in 4 bits: peak memory and tokens per second, against the plan.
+"""Training a router on an 8B base in 4 bits: peak memory and tokens per second, beside the plan.
 
     python benchmarks/gpu_memory.py                       # Llama-3-8B's dimensions, under a minute on an H100
-    python benchmarks/gpu_memory.py --layers 2 --small    # a rehearsal of the script, also on a CPU
+    python benchmarks/gpu_memory.py --layers 2 --small    # a test of the script, also on a CPU
 
-The base has random weights, made and quantised layer by layer on the device: nothing is downloaded, and no
-more than one layer is ever there in 16 bits. Each part reports by itself; one that fails leaves the others.
+The base has random weights, made and quantised layer by layer on the device: nothing is downloaded, and at
+most one layer exists in 16 bits. Cases are independent: one that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NF4 = {
 
 
 def random_nf4_base(config: LlamaConfig, device: torch.device) -> nn.Module:
-    """A base of random numbers in nf4 with double quantisation, in seconds."""
+    """Make a base of random numbers in nf4 with double quantisation, within seconds."""
     import bitsandbytes as bnb
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
@@ -90,7 +90,7 @@ def random_nf4_base(config: LlamaConfig, device: torch.device) -> nn.Module:
 
 
 def mix(base: nn.Module, router: str, experts: int, rank: int) -> Any:
-    """Frozen bf16 experts of random numbers on every linear layer, and a router."""
+    """Add a router and frozen bf16 experts of random numbers to every linear layer."""
     fields = {"experts": experts, "r": rank, "router": router, "target_modules": "all-linear"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,7 +104,7 @@ def mix(base: nn.Module, router: str, experts: int, rank: int) -> Any:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """TRL wants one; the samples are token ids already."""
+    """Make a tokenizer, which TRL requires although the samples are token ids."""
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2}, unk_token="<pad>"))
@@ -112,7 +112,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trl_steps(model: Any, args: argparse.Namespace, checkpointing: bool) -> Callable[[int], None]:
-    """Steps of the package's own SFT trainer."""
+    """Return a function that runs steps of the package's SFT trainer."""
     from datasets import Dataset
     from trl import SFTConfig
 
@@ -131,7 +131,7 @@ def trl_steps(model: Any, args: argparse.Namespace, checkpointing: bool) -> Call
                 learning_rate=5e-3,
                 gradient_checkpointing=checkpointing,
                 max_length=None,
-                bf16=False,  # the base computes in bfloat16 by itself
+                bf16=False,  # the base already computes in bfloat16
                 report_to=[],
                 save_strategy="no",
                 logging_steps=steps,
@@ -145,7 +145,7 @@ def trl_steps(model: Any, args: argparse.Namespace, checkpointing: bool) -> Call
 
 
 def plain_steps(model: Any, args: argparse.Namespace, checkpointing: bool) -> Callable[[int], None]:
-    """A loop without any trainer, and the loss of transformers: all logits at once."""
+    """Return a function that runs steps without a trainer, with the loss of transformers on all logits."""
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -164,7 +164,7 @@ def plain_steps(model: Any, args: argparse.Namespace, checkpointing: bool) -> Ca
 
 
 class Meter:
-    """Peaks of the device since the last reset; a CPU has none, and reports zeros."""
+    """Peak memory of the device since the last reset; zeros on a CPU."""
 
     def __init__(self, device: str) -> None:
         self.on = device == "cuda"
@@ -187,7 +187,7 @@ class Meter:
 
 
 def plan(sizes: dict[str, Any], args: argparse.Namespace, case: dict[str, Any]) -> MemoryPlan:
-    """What `peft-moe plan` says of a case."""
+    """Return the plan of `peft-moe plan` for a case."""
     fields = {"experts": args.experts, "r": args.rank, "router": case["router"], "task_type": "CAUSAL_LM"}
     return plan_memory(
         LlamaConfig(**sizes),
@@ -205,7 +205,7 @@ def plan(sizes: dict[str, Any], args: argparse.Namespace, case: dict[str, Any]) 
 
 
 def measure(base: nn.Module, args: argparse.Namespace, case: dict[str, Any], planned: MemoryPlan) -> dict:
-    """One case: what was planned, what was measured, and how fast it went."""
+    """Run one case and return the planned and the measured memory, and the speed."""
     checkpointing, loss = case["checkpointing"], case["loss"]
     model = mix(base, case["router"], args.experts, args.rank)
     meter = Meter(args.device)
@@ -215,7 +215,7 @@ def measure(base: nn.Module, args: argparse.Namespace, case: dict[str, Any], pla
         steps = (trl_steps if loss == "fused" else plain_steps)(model, args, checkpointing)
         meter.reset()
         steps(2)
-        found = meter.read()
+        peaks = meter.read()
         start = time.perf_counter()
         steps(args.steps)
         if meter.on:
@@ -231,8 +231,8 @@ def measure(base: nn.Module, args: argparse.Namespace, case: dict[str, Any], pla
         **case,
         "planned_gib": planned.total / GIB,
         "loaded_gib": loaded,
-        **found,
-        "plan_over_measured": planned.total / GIB / found["allocated_gib"] if meter.on else None,
+        **peaks,
+        "plan_over_measured": planned.total / GIB / peaks["allocated_gib"] if meter.on else None,
         "tokens_per_second": args.steps * args.batch * args.sequence / seconds,
         "parts_gib": {name: round(size / GIB, 3) for name, size in planned.parts.items()},
     }
@@ -250,21 +250,21 @@ CASES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--small", action="store_true", help="tiny width and vocabulary: a rehearsal")
+    parser.add_argument("--small", action="store_true", help="tiny width and vocabulary, to test the script")
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=5, help="processes that plan meanwhile")
-    parser.add_argument("--out", default="", help="also write the rows there, as JSON")
+    parser.add_argument("--jobs", type=int, default=5, help="processes that make the plans")
+    parser.add_argument("--out", default="", help="file for the rows, as JSON")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = {**LLAMA_3_8B, "num_hidden_layers": args.layers}
     if args.small:
         sizes |= {**SMALL, "vocab_size": 512}
     start, args.vocab = time.perf_counter(), sizes["vocab_size"]
-    # Plans need CPU cores, not the device: they are made beside everything else.
+    # Plans need CPU cores and not the device, so they are made in parallel.
     workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
     plans = [workers.submit(plan, sizes, args, case) for case in CASES]
     base = random_nf4_base(LlamaConfig(**sizes), torch.device(args.device))
@@ -277,7 +277,7 @@ def main() -> None:
             rows.append(measure(base, args, case, planned.result(timeout=120)))
             row = {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}
             print(json.dumps({**row, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
-        except Exception:  # one case must not take the others with it
+        except Exception:  # a failed case must not stop the others
             print(f"FAILED {case}\n{traceback.format_exc()}", flush=True)
     workers.shutdown()
     if args.out:

@@ -1,4 +1,4 @@
-"""The calibration of the cost model runs, recovers constants that it is given, and writes an entry."""
+"""The calibration of the cost model runs, recovers the constants behind exact times, and writes an entry."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from peft_moe.ops.device_costs import SHIPPED, read_devices
 
 
 def test_exact_times_give_back_the_constants_behind_them():
-    known = SHIPPED["cpu", "float32"]
+    shipped = SHIPPED["cpu", "float32"]
     made = replace(
-        known, passes=5.0, per_rank=2e-9, launch=3e-5, segment=4e-6, sort=5e-5, weight_bandwidth=1e10
+        shipped, passes=5.0, per_rank=2e-9, launch=3e-5, segment=4e-6, sort=5e-5, weight_bandwidth=1e10
     )
     shapes = [shape for shape in CPU if shape.tokens * shape.out <= 512 * 1024]
-    spec = [call_spec_of(Timed(shape, torch.float32, "cpu").inputs()) for shape in shapes]
-    found = known
+    specs = [call_spec_of(Timed(shape, torch.float32, "cpu").inputs()) for shape in shapes]
+    fitted = shipped
     for name in FITTED:
-        cases = [(one, {name: BACKENDS[name].cost(one, made)}) for one in spec]
-        found = fit(name, cases, found)
+        cases = [(spec, {name: BACKENDS[name].cost(spec, made)}) for spec in specs]
+        fitted = fit(name, cases, fitted)
     for key, value in asdict(made).items():
         if isinstance(value, float):
-            assert getattr(found, key) == pytest.approx(value, rel=1e-3), key
+            assert getattr(fitted, key) == pytest.approx(value, rel=1e-3), key
 
 
 def test_a_quick_run_writes_an_entry_and_keeps_the_others(tmp_path, capsys):
@@ -35,8 +35,8 @@ def test_a_quick_run_writes_an_entry_and_keeps_the_others(tmp_path, capsys):
     threads = torch.get_num_threads()
     main(["--quick", "--write", "--file", str(file)])
     torch.set_num_threads(threads)
-    held = json.loads(file.read_text())
-    assert held["other"] == {"source": "elsewhere"}
-    assert {"bfloat16", "float32", "source"} == set(held["cpu"])
+    entries = json.loads(file.read_text())
+    assert entries["other"] == {"source": "elsewhere"}
+    assert {"bfloat16", "float32", "source"} == set(entries["cpu"])
     assert ("cpu", "bfloat16") in read_devices(file.read_text())
     assert "measured us" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 Imported only where Triton is installed; :mod:`peft_moe.ops.triton.backends` checks that first.
 """
 
+# Triton's decorators are untyped, and a kernel's arguments are pointers without a Python type.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 

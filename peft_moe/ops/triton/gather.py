@@ -7,6 +7,7 @@ second one adds their partial sums in a fixed order.
 Letters: N tokens, I in, O out, R total rank, K slots of a token.
 """
 
+# Triton's decorators are untyped, and a kernel's arguments are pointers without a Python type.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ the token's row without atomics, in an order that never changes.
 Letters: N tokens, K slots of a token, E experts (group E: none).
 """
 
+# Triton's decorators are untyped, and a kernel's arguments are pointers without a Python type.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ runs one pass per slot, which adds to each token's row once; the last pass adds 
 Letters: N tokens, D width of the rows (in or out), R total rank, K slots of a token, Q ranks saved per slot.
 """
 
+# Triton's decorators are untyped, and a kernel's arguments are pointers without a Python type.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
