@@ -147,7 +147,7 @@ def test_a_methods_file_adds_changes_and_removes(tmp_path) -> None:
         ({"mixture": {}, "merge": {}}, "must be one of them"),
         ({"mixture": {}, "trian": True}, "'trian' is not known. Did you mean 'train'"),
         ({"mixture": {}, "train": {"steps": 9}}, "is the same for all"),
-        ({"mixture": {}, "budget": "train"}, "of a width method alone"),
+        ({"mixture": {}, "budget": "train"}, "only a width method has a budget"),
         ({"width": {}, "budget": "routers"}, "budget='routers'.*'train'"),
         ({"mixture": {}, "needs": "label"}, "Did you mean 'labels'"),
         ("uniform", "write it as"),

@@ -1,19 +1,20 @@
-"""The embedded demo: a small base model, LoRA experts on it, and questions to ask them."""
+"""The embedded demo: a small base model, LoRA experts for it, and questions with checkable answers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 BASE_NAME = "peft-moe-demo-base"
-"""What the experts' configs call their base model; the folder has that name.
+"""Name of the base's folder, and of the base in the experts' configs.
 
 An adapter is matched with its base by the last part of the base's name or path."""
 
 
 def asset_path(name: str) -> Path:
-    """The folder of an asset: `BASE_NAME`, ``experts`` or ``experts/<skill>``.
+    """Return the folder of an asset: `BASE_NAME`, ``experts`` or ``experts/<skill>``.
 
-    Raises FileNotFoundError when the installation lacks it.
+    Raises:
+        FileNotFoundError: the installation lacks the asset.
     """
     path = Path(__file__).parent / "assets" / name
     if not path.exists():

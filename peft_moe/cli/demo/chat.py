@@ -1,4 +1,4 @@
-"""``peft-moe chat``: put questions to a saved mixture, and see which expert answers."""
+"""``peft-moe chat``: ask a saved mixture questions, and see which expert answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...training.trainers.checks import mixture_config
 
 
 def load_mixture(folder: str) -> tuple[Any, Any]:
-    """A saved mixture with its base, in evaluation mode, and its tokenizer."""
+    """Load a saved mixture with its base, in evaluation mode, and its tokenizer."""
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -22,10 +22,10 @@ def load_mixture(folder: str) -> tuple[Any, Any]:
 def answer(
     model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64
 ) -> tuple[str, dict[str, float]]:
-    """The greedy continuation of a prompt, up to the end of the text.
+    """Generate the greedy continuation of a prompt, up to the end-of-sequence token.
 
     Returns:
-        The text, and the weight of each expert (and "null") in the decision on the prompt.
+        The text, and the weight of each expert, and of "null", at the last token of the prompt.
     """
     _, config = mixture_config(model)
     encoded = tokenizer(prompt, return_tensors="pt")
@@ -48,14 +48,14 @@ def chat(folder: str, marker: str, console: Console | None = None) -> None:
     """Read questions from the terminal until an empty line.
 
     Args:
-        folder: of the mixture.
-        marker: what the base expects between a question and its answer.
-        console: where to print.
+        folder: the mixture's folder.
+        marker: text that the base expects between a question and its answer.
+        console: terminal to read from and print to.
     """
     console = console or Console()
     model, tokenizer = load_mixture(folder)
     console.print("Ask a question; an empty line ends.")
     while question := console.input("[bold]> [/]").strip():
         text, weights = answer(model, tokenizer, question + marker)
-        chosen = max(weights, key=lambda name: weights[name])
-        console.print(f"{text}   [dim]({chosen} {100 * weights[chosen]:.0f} %)[/]", highlight=False)
+        top_expert = max(weights, key=lambda name: weights[name])
+        console.print(f"{text}   [dim]({top_expert} {100 * weights[top_expert]:.0f} %)[/]", highlight=False)

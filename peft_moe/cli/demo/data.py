@@ -1,4 +1,4 @@
-"""What the demo trains its router on, and what it scores: questions of experts, of the base, of neither."""
+"""Training samples of the demo's router, and the texts that the demo scores."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ UNSEEN_SKILLS = "unseen skills"
 
 
 def router_samples(per_expert: int, seed: int) -> list[dict[str, str]]:
-    """Labelled prompts and completions for the router: as many of the base's skills as of the experts'.
+    """Draw the router's training samples: as many of the base's skills as of the experts'.
 
     The skills in ``BASE_SKILLS_HELD_OUT`` do not occur.
 
     Returns:
         Dicts with ``prompt``, ``completion`` and ``domain``: an expert's name, or "base".
     """
-    generic = -(-per_expert * len(EXPERTS) // len(BASE_SKILLS_SEEN))
-    wanted = [(name, per_expert) for name in EXPERTS] + [(name, generic) for name in BASE_SKILLS_SEEN]
+    per_base_skill = -(-per_expert * len(EXPERTS) // len(BASE_SKILLS_SEEN))
+    counts = dict.fromkeys(EXPERTS, per_expert) | dict.fromkeys(BASE_SKILLS_SEEN, per_base_skill)
     rows = [
         {"prompt": s.prompt, "completion": s.completion, "domain": label(s.domain)}
-        for name, count in wanted
+        for name, count in counts.items()
         for s in generate(name, count, seed)
     ]
     random.Random(seed).shuffle(rows)
@@ -34,26 +34,26 @@ def router_samples(per_expert: int, seed: int) -> list[dict[str, str]]:
 
 
 def test_texts(per_domain: int, seed: int) -> dict[str, list[Turns]]:
-    """Fresh texts per row of the demo's table, never seen in any training.
+    """Draw test texts for each column of the demo's table; no training has seen them.
 
     Args:
-        per_domain: questions of each expert's skill; as many for each other row.
-        seed: of the draw.
+        per_domain: texts per column.
+        seed: seed of the draw.
     """
     texts = {name: [[s] for s in generate(name, per_domain, seed, "test")] for name in EXPERTS}
     texts[BASE_SKILLS] = _spread(BASE_SKILLS_SEEN, per_domain, seed)
     texts[UNSEEN_SKILLS] = _spread(BASE_SKILLS_HELD_OUT, per_domain, seed)
     pairs = [(a, b) for a in EXPERTS for b in EXPERTS if a != b]
-    each = -(-per_domain // len(pairs))
-    texts[TWO_SKILLS] = [text for a, b in pairs for text in two_skill(a, b, each, seed, "test")]
+    per_pair = -(-per_domain // len(pairs))
+    texts[TWO_SKILLS] = [text for a, b in pairs for text in two_skill(a, b, per_pair, seed, "test")]
     return texts
 
 
 def _spread(names: Sequence[str], count: int, seed: int) -> list[Turns]:
-    each = -(-count // len(names))
-    return [[sample] for name in names for sample in generate(name, each, seed, "test")]
+    per_skill = -(-count // len(names))
+    return [[sample] for name in names for sample in generate(name, per_skill, seed, "test")]
 
 
 def as_text(turns: Turns) -> list[tuple[str, str]]:
-    """Turns as the scorer reads them."""
+    """Return turns in the form that `score_texts` reads."""
     return [(turn.prompt, turn.completion) for turn in turns]

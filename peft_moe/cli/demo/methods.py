@@ -1,4 +1,4 @@
-"""The demo's methods: the base, each expert alone, the gate-less mixture, two routers, the oracle."""
+"""The methods that the demo compares: base, single experts, mixture without gates, two routers, oracle."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .data import Turns, as_text
 from .skills import EXPERTS, label
 
 Scored = dict[str, list[list[TurnScore]]]
-"""Row of the table -> one list of turns per text."""
+"""Column of the table → the scores of each text's turns."""
 
 BATCH = 32
 
 
 @dataclass
 class Training:
-    """How the demo's router is trained.
+    """The training of the demo's router.
 
     Attributes:
         steps: optimizer steps of 32 samples each.
-        learning_rate: of the gradient's refinement of a fitted router. From zero, a router wants 1e-2
-            and more, and several minutes instead of one.
-        per_expert: labelled samples of each expert's skill, and as many of the base's in total as of
-            all experts.
-        mixture: fields of ``MoLoraConfig`` beside the experts.
+        learning_rate: learning rate that refines a fitted router. A router that starts from zero needs 1e-2
+            or more, and several minutes instead of one.
+        per_expert: labelled samples per expert's skill. The base's skills get as many in total as all
+            experts together.
+        mixture: fields of ``MoLoraConfig`` other than the experts.
     """
 
     steps: int = 60
@@ -46,68 +46,68 @@ class Training:
 
 
 def load_base() -> nn.Module:
-    """A fresh copy of the demo's base, float32."""
+    """Load a fresh copy of the demo's base in float32."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(asset_path(BASE_NAME), dtype="float32")
     return model
 
 
 def expert_paths() -> dict[str, str]:
-    """Name and folder of each of the demo's experts."""
+    """Return the name and folder of each expert."""
     return {name: str(asset_path(f"experts/{name}")) for name in EXPERTS}
 
 
 def build_mixture(**fields: Any) -> PeftModel:
-    """The demo's base with all its experts, frozen, and a router."""
-    config = MoLoraConfig(experts=dict(expert_paths()), task_type="CAUSAL_LM", **fields)
-    model: PeftModel = get_peft_model(load_base(), config)  # type: ignore[assignment]
+    """Build the demo's base with all its experts, frozen, and a router."""
+    config = MoLoraConfig(experts=expert_paths(), task_type="CAUSAL_LM", **fields)
+    model: PeftModel = get_peft_model(load_base(), config)
     return model
 
 
 def score(model: nn.Module, tokenizer: Any, texts: Mapping[str, Sequence[Turns]]) -> Scored:
-    """Score every row of the table."""
+    """Score the texts of every column of the table."""
     return {
-        row: score_texts(model, tokenizer, [as_text(turns) for turns in some], batch_size=64)
-        for row, some in texts.items()
+        row: score_texts(model, tokenizer, [as_text(turns) for turns in row_texts], batch_size=64)
+        for row, row_texts in texts.items()
     }
 
 
 def score_expert(name: str, tokenizer: Any, texts: Mapping[str, Sequence[Turns]]) -> Scored:
-    """One expert alone, through plain PEFT."""
+    """Score one expert alone, loaded with plain PEFT."""
     model = PeftModel.from_pretrained(load_base(), expert_paths()[name])
     return score(model, tokenizer, texts)
 
 
 def oracle(scored: Mapping[str, Scored], texts: Mapping[str, Sequence[Turns]]) -> Scored:
-    """For each answer the score of its own skill's expert (over the whole text), else of the base.
+    """Return for each answer the score of its skill's expert, run over the whole text, or else of the base.
 
     Args:
-        scored: of "base" and of every expert alone.
-        texts: the rows' texts, which say whose skill each turn is.
+        scored: scores of "base" and of every single expert.
+        texts: texts of each column; every turn names its skill.
     """
     return {
         row: [
             [scored[label(turn.domain)][row][text][number] for number, turn in enumerate(turns)]
-            for text, turns in enumerate(some)
+            for text, turns in enumerate(row_texts)
         ]
-        for row, some in texts.items()
+        for row, row_texts in texts.items()
     }
 
 
 def train_router(samples: list[dict[str, str]], tokenizer: Any, plan: Training, seed: int, out: str) -> Any:
-    """Fit the router, then train it, and only it, with TRL.
+    """Fit the router, then train it with TRL; experts and base stay frozen.
 
     Args:
-        samples: with prompt, completion and domain.
-        tokenizer: of the base.
-        plan: how.
-        seed: of the order of samples.
+        samples: samples with prompt, completion and domain.
+        tokenizer: the base's tokenizer.
+        plan: the training's settings.
+        seed: seed of the order of samples.
         out: folder for the trainer's own files.
 
     Returns:
         The trained PeftModel, in evaluation mode.
     """
     from datasets import Dataset
-    from trl import SFTConfig
+    from trl import SFTConfig  # type: ignore[attr-defined]  # trl exports lazily
 
     from ...training import MoLoraSFTTrainer
 
@@ -137,13 +137,13 @@ def train_router(samples: list[dict[str, str]], tokenizer: Any, plan: Training, 
         processing_class=tokenizer,
     )
     trainer.train()
-    model = trainer.model.eval()
-    model.peft_config["default"].base_model_name_or_path = os.fspath(asset_path(BASE_NAME))
-    return model
+    trained: Any = trainer.model.eval()
+    trained.peft_config["default"].base_model_name_or_path = os.fspath(asset_path(BASE_NAME))
+    return trained
 
 
 def fit_mixture(samples: list[dict[str, str]], tokenizer: Any, progress: bool) -> PeftModel:
-    """The same router, solved from the same prompts without a gradient."""
+    """Build the same mixture and fit its router to the same prompts, without gradients."""
     model = build_mixture(router="context")
     fit_router(model, samples, tokenizer, progress=progress)
     return model.eval()

@@ -1,4 +1,4 @@
-"""``peft-moe demo``: five LoRA experts of one tiny base, mixed, and what becomes of their skills."""
+"""``peft-moe demo``: a mixture of five LoRA experts of a tiny base, and how well their skills survive."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GATELESS, FITTED, TRAINED, ORACLE = "gate-less", "router, fitted", "fitted and t
 
 
 class Stopwatch:
-    """Seconds per part of the demo."""
+    """Measures the seconds of each part of the demo."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -45,7 +45,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str, *, spinner: bool = True) -> Iterator[None]:
-        """Time a block; with a spinner, unless the block shows a bar of its own."""
+        """Time a block. Show a spinner unless the block shows its own progress bar."""
         start = time.perf_counter()
         if spinner:
             with self.console.status(f"{name} …"):
@@ -65,21 +65,22 @@ def run_demo(
     plan: Training | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run the demo, print its table, keep the mixture and ``results.json``.
+    """Run the demo, print its table, and save the mixture and ``results.json``.
 
     Args:
-        out: folder to write; ``mixture/`` inside of it is an ordinary PEFT adapter folder.
-        seed: of all draws.
-        per_domain: fresh questions per row of the table.
-        plan: how the router is trained.
-        console: where to print.
+        out: folder to write to; its ``mixture/`` is an ordinary PEFT adapter folder.
+        seed: seed of all draws.
+        per_domain: test texts per column of the table.
+        plan: settings of the router's training.
+        console: console to print to.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
     """
     console, plan = console or Console(), plan or Training()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    # transformers does not annotate its logging functions.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     set_seed(seed)
     watch = Stopwatch(console)
     tokenizer = AutoTokenizer.from_pretrained(asset_path(BASE_NAME))
@@ -92,7 +93,7 @@ def run_demo(
         with watch.part(f"score expert {name} alone"):
             scored[name] = score_expert(name, tokenizer, texts)
     scored[ORACLE] = oracle(scored, texts)
-    with watch.part("score the gate-less mixture"):
+    with watch.part("score the mixture without gates"):
         scored[GATELESS] = score(build_mixture(router="uniform"), tokenizer, texts)
     with watch.part("fit a router without gradients", spinner=False):
         fitted = fit_mixture(samples, tokenizer, progress=True)
@@ -103,10 +104,10 @@ def run_demo(
     with watch.part("score the trained mixture"):
         scored[TRAINED] = score(mixture, tokenizer, texts)
     results = _results(scored, texts, watch, seed, plan)
-    _keep(out, mixture, tokenizer, results)
+    _save(out, mixture, tokenizer, results)
     console.print(_table(results))
     console.print(_verdict(results))
-    console.print(f"Kept: {out / 'mixture'} and {out / 'results.json'}.")
+    console.print(f"Saved: {out / 'mixture'} and {out / 'results.json'}.")
     console.print(f"Talk to it: peft-moe chat {out / 'mixture'} --marker '{MARKER}'")
     return results
 
@@ -151,32 +152,32 @@ def _results(
     }
 
 
-def _keep(out: Path, mixture: Any, tokenizer: Any, results: dict[str, Any]) -> None:
+def _save(out: Path, mixture: Any, tokenizer: Any, results: dict[str, Any]) -> None:
     folder = out / "mixture"
     save_mixture(mixture, folder)
     tokenizer.save_pretrained(folder)
-    # Beside and renamed: a reader never sees half a file.
-    beside = out / "results.json.tmp"
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(beside, out / "results.json")
+    # Written and then renamed, so that readers never see an incomplete file.
+    temporary = out / "results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, out / "results.json")
 
 
 def _table(results: dict[str, Any]) -> Table:
     methods: dict[str, dict[str, dict[str, float]]] = results["methods"]
     rows = list(methods["base"])
-    table = Table(title="exact match in % (loss in nats per token), fresh questions", header_style="bold")
+    table = Table(title="exact match in % (loss in nats per token) on new questions", header_style="bold")
     table.add_column("method")
     for row in rows:
         table.add_column(row, justify="right")
     best = {row: max(methods[m][row]["accuracy"] for m in methods if m != ORACLE) for row in rows}
     for method, cells in methods.items():
         style = "bold cyan" if method == TRAINED else ("dim" if method == ORACLE else "")
-        shown = [_shown(c, method != ORACLE and c["accuracy"] == best[row]) for row, c in cells.items()]
-        table.add_row(method, *shown, style=style)
+        texts = [_cell(c, method != ORACLE and c["accuracy"] == best[row]) for row, c in cells.items()]
+        table.add_row(method, *texts, style=style)
     return table
 
 
-def _shown(cell: dict[str, float], is_best: bool) -> str:
+def _cell(cell: dict[str, float], is_best: bool) -> str:
     return f"{'*' if is_best else ''}{100 * cell['accuracy']:.0f} ({cell['loss']:.2f})"
 
 
@@ -184,13 +185,13 @@ def _verdict(results: dict[str, Any]) -> str:
     methods, shares = results["methods"], results["recovered"]
     lines = []
     for method in (GATELESS, FITTED, TRAINED):
-        worst = min(EXPERTS, key=lambda row: shares[method][row]["accuracy"])
-        kept = methods[method][BASE_SKILLS]["accuracy"] / methods["base"][BASE_SKILLS]["accuracy"]
+        weakest = min(EXPERTS, key=lambda row: shares[method][row]["accuracy"])
+        retained = methods[method][BASE_SKILLS]["accuracy"] / methods["base"][BASE_SKILLS]["accuracy"]
         unseen = methods["base"][UNSEEN_SKILLS]["accuracy"] - methods[method][UNSEEN_SKILLS]["accuracy"]
-        least, two = shares[method][worst]["accuracy"], shares[method][TWO_SKILLS]["accuracy"]
+        least, two = shares[method][weakest]["accuracy"], shares[method][TWO_SKILLS]["accuracy"]
         lines.append(
-            f"{method}: recovers {100 * least:.0f} % or more of the oracle's gain over the base (least: "
-            f"{worst}), {100 * two:.0f} % in texts of two skills; keeps {100 * kept:.0f} % of the base's "
-            f"skills; unseen skills lose {100 * unseen:.1f} points"
+            f"{method}: recovers at least {100 * least:.0f} % of the oracle's gain over the base (weakest: "
+            f"{weakest}), {100 * two:.0f} % in texts of two skills; keeps {100 * retained:.0f} % of the "
+            f"base's skills; loses {100 * unseen:.1f} points on unseen skills"
         )
     return "\n".join(lines)

@@ -18,17 +18,17 @@ _CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " "
 
 
 def demo_tokenizer() -> PreTrainedTokenizerFast:
-    """A character tokenizer with 99 tokens that adds nothing to the text.
+    """Build a character tokenizer with 99 tokens that adds no special tokens to a text.
 
-    The newline is the end-of-sequence token: answers end in it and generation stops there.
+    The newline is the end-of-sequence token: every answer ends in it, and generation stops there.
     ``decode(encode(text))`` gives printable ASCII text and newlines back exactly.
     """
-    vocabulary = {token: place for place, token in enumerate((*_SPECIAL, *_CHARACTERS))}
+    vocabulary = {token: number for number, token in enumerate((*_SPECIAL, *_CHARACTERS))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # not annotated in transformers
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,

@@ -1,4 +1,4 @@
-"""The bake-off: which way of using several experts is worth its price, on one's own texts."""
+"""The bake-off: a comparison of methods that combine several experts, on your own texts."""
 
 from .run import run_bakeoff
 from .settings import Settings

@@ -1,4 +1,4 @@
-"""From scores to results: each method's numbers, with intervals, and differences between methods."""
+"""From scores to results: each method's numbers with intervals, and differences between methods."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MEAN = "mean"
 
 @dataclass
 class MethodResult:
-    """One method under one measure.
+    """The result of one method under one measure.
 
     Attributes:
-        name, group: of the method.
-        seeds: how many it ran with.
+        name, group: those of the method.
+        seeds: number of seeds it ran with.
         values: row → loss, or share of exact answers.
-        shares: row of an expert's domain or of two domains → share of the oracle's gain over the base;
-            `MEAN` is over the experts' domains.
+        shares: row with experts → share of the oracle's gain over the base. `MEAN` is the mean over the
+            experts' domains.
         changes: row without an expert → relative change of the loss against the base, or change of the
             share of exact answers.
         cost: means over seeds.
-        draws: share of `MEAN` and of each row in every bootstrap draw, for differences.
+        draws: row or `MEAN` → its share or change in every bootstrap draw, for differences.
     """
 
     name: str
@@ -44,7 +44,7 @@ class MethodResult:
 
 
 def oracle_scores(records: Mapping[str, Sequence[Record]], rows: Sequence[Row]) -> Scores:
-    """For each turn the score of its own domain's expert over the whole text; of the base without one."""
+    """Return for each turn the score of its domain's expert, run over the whole text, or else of the base."""
     return {
         row.name: [
             [records[owner or BASE][0].scores[row.name][text][turn] for turn, owner in enumerate(owners)]
@@ -55,14 +55,14 @@ def oracle_scores(records: Mapping[str, Sequence[Record]], rows: Sequence[Row]) 
 
 
 class Comparison:
-    """All methods on the same bootstrap draws.
+    """The results of all methods on the same bootstrap draws.
 
     Args:
-        methods: with scores, the base among them.
-        records: name → one per seed.
-        rows: of the table.
+        methods: methods with scores, the base among them.
+        records: method name → one record per seed.
+        rows: the rows of texts that were scored.
         measure: "loss" or "exact".
-        draws: bootstrap resamples.
+        draws: number of bootstrap resamples.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Comparison:
         best = oracle_scores(records, rows)
         self.oracle = self._values([best])
         self.results: dict[str, MethodResult] = {}
-        for one in methods:
-            runs = records[one.name]
-            self._add(one.name, one.group, [run.scores for run in runs], [run.cost for run in runs])
+        for method in methods:
+            runs = records[method.name]
+            self._add(method.name, method.group, [run.scores for run in runs], [run.cost for run in runs])
         self._add(ORACLE, REFERENCE, [best], [])
 
     @property
     def gainful(self) -> list[str]:
-        """The experts' domains in which the oracle gains something over the base."""
+        """The experts' domains in which the oracle is better than the base."""
         return [r.name for r in self.rows if r.kind == "expert" and self._oracle_gains(r.name)]
 
     def _oracle_gains(self, row: str) -> bool:
@@ -96,56 +96,57 @@ class Comparison:
         return gain < 0 if self.measure == "loss" else gain > 0
 
     def _values(self, runs: Sequence[Scores]) -> dict[str, Array]:
-        found = {}
+        values = {}
         for row in self.rows:
             above, below = zip(*(_sums(scores[row.name], self.measure) for scores in runs), strict=True)
-            found[row.name] = ratio(self.counts[row.name], np.stack(above), np.stack(below))
-        return found
+            values[row.name] = ratio(self.counts[row.name], np.stack(above), np.stack(below))
+        return values
 
     def _seed_weights(self, seeds: int) -> Array:
-        # The same for all methods of as many seeds: a seed fixes the order of samples for all of them.
+        # Methods with equally many seeds share their draws, since a seed fixes the order of samples for all.
         if seeds not in self.weights:
             self.weights[seeds] = draw_seeds(seeds, self.number, self.rng)
         return self.weights[seeds]
 
     def _add(self, name: str, group: str, runs: Sequence[Scores], costs: Sequence[Cost]) -> None:
         values, weights = self._values(runs), self._seed_weights(len(runs))
-        one = MethodResult(name, group, len(runs), cost=_mean_cost(costs))
+        result = MethodResult(name, group, len(runs), cost=_mean_cost(costs))
         for row in self.rows:
             value_DS, base_DS = values[row.name], self.base[row.name]
-            one.values[row.name] = estimate(over_seeds(value_DS, weights))
+            result.values[row.name] = estimate(over_seeds(value_DS, weights))
             if row.kind in ("expert", "mixed"):
-                kept_D = over_seeds(share(value_DS, base_DS, self.oracle[row.name]), weights)
-                one.draws[row.name] = kept_D
-                one.shares[row.name] = estimate(kept_D)
+                share_D = over_seeds(share(value_DS, base_DS, self.oracle[row.name]), weights)
+                result.draws[row.name] = share_D
+                result.shares[row.name] = estimate(share_D)
             else:
                 change_DS = value_DS / base_DS - 1 if self.measure == "loss" else value_DS - base_DS
-                one.draws[row.name] = over_seeds(change_DS, weights)
-                one.changes[row.name] = estimate(one.draws[row.name])
+                result.draws[row.name] = over_seeds(change_DS, weights)
+                result.changes[row.name] = estimate(result.draws[row.name])
         if self.gainful:
-            one.draws[MEAN] = np.mean([one.draws[row] for row in self.gainful], axis=0)
-            one.shares[MEAN] = estimate(one.draws[MEAN])
-        self.results[name] = one
+            result.draws[MEAN] = np.mean([result.draws[row] for row in self.gainful], axis=0)
+            result.shares[MEAN] = estimate(result.draws[MEAN])
+        self.results[name] = result
 
-    def difference(self, one: str, other: str, row: str = MEAN) -> Estimate:
-        """How much more ``one`` keeps than ``other``, paired over texts and seeds."""
-        return estimate(self.results[one].draws[row] - self.results[other].draws[row])
+    def difference(self, method: str, other: str, row: str = MEAN) -> Estimate:
+        """Return the share of ``method`` minus that of ``other``, paired over texts and seeds."""
+        return estimate(self.results[method].draws[row] - self.results[other].draws[row])
 
     def ranked(self, group: str | None = None, row: str = MEAN) -> list[MethodResult]:
-        """Methods (of a group) by their share, best first; references are no methods."""
+        """Return the methods of a group, or of all groups but the references, best share first."""
         groups = EFFORT if group is None else (group,)
-        found = [s for s in self.results.values() if s.group in groups and row in s.shares]
-        return sorted(found, key=lambda s: -np.nan_to_num(s.shares[row].value, nan=-np.inf))
+        results = [r for r in self.results.values() if r.group in groups and row in r.shares]
+        return sorted(results, key=lambda r: -np.nan_to_num(r.shares[row].value, nan=-np.inf))
 
 
 def _sums(texts: Sequence[Sequence[TurnScore]], measure: str) -> tuple[Array, Array]:
-    kept = [[turn for turn in turns if turn.tokens] for turns in texts]  # others were cut off
+    """Return numerator and denominator of the measure per text. Turns without tokens were cut off."""
+    complete = [[turn for turn in turns if turn.tokens] for turns in texts]
     if measure == "loss":
-        above = [sum(turn.nll for turn in turns) for turns in kept]
-        below = [sum(turn.tokens for turn in turns) for turns in kept]
+        above = [sum(turn.nll for turn in turns) for turns in complete]
+        below = [sum(turn.tokens for turn in turns) for turns in complete]
     else:
-        above = [float(sum(turn.exact for turn in turns)) for turns in kept]
-        below = [len(turns) for turns in kept]
+        above = [float(sum(turn.exact for turn in turns)) for turns in complete]
+        below = [len(turns) for turns in complete]
     return np.array(above, dtype=np.float64), np.array(below, dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Who takes part: a table of data, read from YAML and checked against what this version has."""
+"""The methods of a bake-off: entries of a YAML table, checked against what this version supports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("mixture", "merge", "arrow", "xlora", "width")
 BASE, ORACLE = "base", "oracle"
 NO_DATA, FITTED, TRAINED, RETRAINED, REFERENCE = "no data", "fitted", "trained", "retrained", "reference"
 EFFORT = (NO_DATA, FITTED, TRAINED, RETRAINED)
-"""Groups of methods, from the least to the most that they ask for."""
+"""Groups of methods, in the order of what they need: from nothing to a new training."""
 _NEEDS = {"nothing": NO_DATA, "labels": FITTED, "text": TRAINED}
 _KEYS = (*KINDS, "fit", "train", "varies", "needs", "budget")
 _ROBUST = ("generic_share", "domain_randomisation", "switching_share")
@@ -29,17 +29,17 @@ class Method:
     """One method.
 
     Attributes:
-        name: in tables and file names.
+        name: its name in tables and file names.
         kind: "base", "expert", or one of `KINDS`.
-        fields: what that kind takes: fields of ``MoLoraConfig``, arguments of a merge, …
-        fit: arguments of ``fit_router`` (its ``method``), or None.
+        fields: arguments of that kind: fields of ``MoLoraConfig``, arguments of a merge, and so on.
+        fit: arguments of ``fit_router`` (its ``method`` among them), or None.
         train: whether it is trained by gradient.
-        learning_rate: its own, or None for that of all.
-        robust: a mixture's own options of ``training.robustness``, by name.
+        learning_rate: its learning rate, or None for that of the settings.
+        robust: options of ``training.data.augmentation`` by name; only mixtures have them.
         varies: whether it runs once per seed.
         group: one of `EFFORT`, or `REFERENCE`.
-        routers_budget: of a wide LoRA, whether it has the routers' samples and steps, not all data and
-            `Settings.width`.
+        routers_budget: for a wide LoRA, whether it gets the routers' samples and steps instead of all data
+            and `Settings.width`.
     """
 
     name: str
@@ -64,23 +64,26 @@ class Method:
         return re.sub(r"[^A-Za-z0-9._]+", "-", self.name)
 
     def identity(self) -> dict[str, Any]:
-        """What decides its scores, as plain data."""
-        seldom = [name for name in ("robust", "routers_budget") if not getattr(self, name)]
-        skipped = ("name", "varies", "group", *seldom)
+        """Return the fields that determine its scores, as plain data.
+
+        Fields added later are left out while they are empty, so that older score files stay valid.
+        """
+        added_later = [name for name in ("robust", "routers_budget") if not getattr(self, name)]
+        skipped = ("name", "varies", "group", *added_later)
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 
 def references(experts: Mapping[str, str]) -> list[Method]:
-    """The base, and each expert alone; the oracle follows from their scores."""
-    alone = [Method(name, "expert", {"adapter": name}) for name in experts]
-    return [Method(BASE, "base"), *alone]
+    """Return the base and each single expert; the oracle is computed from their scores."""
+    single_experts = [Method(name, "expert", {"adapter": name}) for name in experts]
+    return [Method(BASE, "base"), *single_experts]
 
 
 def read_methods(extra: Path | None = None) -> list[Method]:
-    """The table of this package, with a file of one's own laid over it.
+    """Read the built-in table of methods, extended or overridden by a second file.
 
     Raises:
-        PeftMoeError: an entry that cannot be read.
+        PeftMoeError: a file does not exist, or an entry is invalid.
     """
     paths = [Path(__file__).with_name("methods.yaml"), *([extra] if extra else [])]
     entries: dict[str, Any] = {}
@@ -88,21 +91,22 @@ def read_methods(extra: Path | None = None) -> list[Method]:
         if not path.is_file():
             raise PeftMoeError(f"{path}: no such file; --methods-file takes a YAML file of methods")
         entries |= read_yaml(path)
-    found = [method_from(str(name), entry) for name, entry in entries.items() if entry is not None]
-    stems = [one.file_stem for one in found]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
+    methods = [method_from(str(name), entry) for name, entry in entries.items() if entry is not None]
+    stems = [method.file_stem for method in methods]
+    repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if repeated:
         raise PeftMoeError(
-            f"methods of nearly the same name: {twice}; their files would overwrite each other"
+            f"several methods share the file name {repeated}, and their score files would overwrite each "
+            "other; rename one of them"
         )
-    return found
+    return methods
 
 
 def method_from(name: str, entry: Mapping[str, Any]) -> Method:
-    """One entry of the table.
+    """Build a method from one entry of the table.
 
     Raises:
-        PeftMoeError: an unknown key, or not exactly one kind.
+        PeftMoeError: an unknown key or value, or not exactly one kind.
     """
     if not isinstance(entry, Mapping):
         raise PeftMoeError(f"method {name!r} is {entry!r}; write it as {{mixture: {{router: linear}}, …}}")
@@ -115,16 +119,16 @@ def method_from(name: str, entry: Mapping[str, Any]) -> Method:
     kind, fit, train = kinds[0], entry.get("fit"), entry.get("train", False)
     if kind == "width":
         train = train or True
-    own = dict(train) if isinstance(train, Mapping) else {}
-    _check_own(name, kind, own)
+    train_options = dict(train) if isinstance(train, Mapping) else {}
+    _check_train_options(name, kind, train_options)
     needs = entry.get("needs", "text" if train else "labels" if fit else "nothing")
     if needs not in _NEEDS:
         raise PeftMoeError(f"method {name!r}: needs={needs!r} is not known.{near_matches(needs, _NEEDS)}")
     budget = entry.get("budget", "width")
     if budget not in ("width", "train") or ("budget" in entry and kind != "width"):
         raise PeftMoeError(
-            f"method {name!r}: budget={budget!r}; of a width method alone, 'width' (its own steps on all "
-            "data) or 'train' (the routers' samples and steps)"
+            f"method {name!r}: budget={budget!r}; only a width method has a budget, and it is 'width' (its "
+            "own steps on all data) or 'train' (the routers' samples and steps)"
         )
     return Method(
         name=name,
@@ -132,32 +136,32 @@ def method_from(name: str, entry: Mapping[str, Any]) -> Method:
         fields=dict(entry[kind] or {}),
         fit={"method": fit} if isinstance(fit, str) else fit,
         train=bool(train),
-        learning_rate=float(own["learning_rate"]) if "learning_rate" in own else None,
-        robust={key: float(own[key]) for key in _ROBUST if key in own},
+        learning_rate=float(train_options["learning_rate"]) if "learning_rate" in train_options else None,
+        robust={key: float(train_options[key]) for key in _ROBUST if key in train_options},
         varies=bool(entry.get("varies", train)),
         group=RETRAINED if kind == "width" else _NEEDS[needs],
         routers_budget=budget == "train",
     )
 
 
-def _check_own(name: str, kind: str, own: Mapping[str, Any]) -> None:
+def _check_train_options(name: str, kind: str, options: Mapping[str, Any]) -> None:
     allowed = ("learning_rate", *(_ROBUST if kind == "mixture" else ()))
-    strange = sorted(set(own) - set(allowed))
-    if strange:
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
         raise PeftMoeError(
-            f"method {name!r}: train={dict(own)!r} may set {list(allowed)}; {strange[0]!r} is the same for "
-            f"all, and stands in the settings, or is not known.{near_matches(strange[0], allowed)}"
+            f"method {name!r}: train={dict(options)!r} may set {list(allowed)}; {unknown[0]!r} is not known, "
+            f"or is the same for all methods and belongs in the settings.{near_matches(unknown[0], allowed)}"
         )
 
 
-def unsupported_reason(one: Method) -> str | None:
-    """Why this version cannot run a mixture: a router or field that it does not know; else None."""
-    if one.kind != "mixture":
+def unsupported_reason(method: Method) -> str | None:
+    """Return why this version cannot run a mixture (an unknown router or field), or None if it can."""
+    if method.kind != "mixture":
         return None
     fields = {f.name for f in dataclasses.fields(MoLoraConfig)}
     routers = {*PRESETS, *available_scorers()}
-    router = one.fields.get("router", "linear")
+    router = method.fields.get("router", "linear")
     if router not in routers:
         return f"router {router!r} is not registered.{near_matches(router, routers)}"
-    strange = [key for key in one.fields if key not in fields]
-    return f"MoLoraConfig has no field {strange[0]!r}" if strange else None
+    unknown = [key for key in method.fields if key not in fields]
+    return f"MoLoraConfig has no field {unknown[0]!r}" if unknown else None

@@ -1,4 +1,4 @@
-"""A recommendation in plain words, computed from the comparison."""
+"""A recommendation in sentences, computed from the comparison."""
 
 from __future__ import annotations
 
@@ -18,32 +18,36 @@ TITLES = {
 
 
 def advise(comparison: Comparison) -> list[str]:
-    """Sentences: the best of each group, what more effort brings, what to take, and its price.
+    """Name the best method of each group, the gain from more effort, the method to use, and its cost.
 
-    A difference is called significant if its 95 % interval leaves zero out. Intervals are paired over
-    texts (and seeds), and not widened for the number of methods.
+    A difference is called significant if its 95 % interval excludes zero. Intervals are paired over texts
+    and seeds. They are not corrected for the number of methods.
+
+    Returns:
+        One sentence or more per line.
     """
     best = {group: comparison.ranked(group)[0] for group in EFFORT if comparison.ranked(group)}
     if not best:
-        return ["No method has been scored yet beside the references."]
-    lines = [_best_of(comparison, group, one) for group, one in best.items()]
+        return ["Only the references have been scored so far."]
+    lines = [_best_of(comparison, group, result) for group, result in best.items()]
     lines += _steps(comparison, list(best.values()))
     chosen = _choose(comparison, list(best.values()))
     if chosen.shares[MEAN].value <= 0:
         return [*lines, "Recommendation: the base alone. No method keeps any of the oracle's gain."]
     lines.append(_recommendation(comparison, chosen))
-    lines += _behind_the_switch(comparison, chosen)
+    lines += _after_the_switch(comparison, chosen)
     lines += _elsewhere(comparison, chosen)
-    few = sorted({one.name for one in comparison.ranked() if one.seeds == 1 and one.group == TRAINED})
-    if few:
+    one_seed = sorted({r.name for r in comparison.ranked() if r.seeds == 1 and r.group == TRAINED})
+    if one_seed:
         lines.append(
-            f"Trained with one seed only: {', '.join(few)}; their intervals do not hold for another training."
+            f"Trained with one seed only: {', '.join(one_seed)}; their intervals leave out "
+            "the variation between trainings."
         )
     return lines
 
 
 def percent(estimate: Estimate, digits: int = 0) -> str:
-    """``"61 % [57, 66]"``."""
+    """Format an estimate with its interval, such as ``"61 % [57, 66]"``."""
     e = estimate.scaled(100)
     return f"{e.value:.{digits}f} % [{e.low:.{digits}f}, {e.high:.{digits}f}]"
 
@@ -54,16 +58,16 @@ def _points(difference: Estimate) -> str:
     return f"{d.value:+.1f} points [{d.low:+.1f}, {d.high:+.1f}], {word}"
 
 
-def _best_of(comparison: Comparison, group: str, one: MethodResult) -> str:
-    alike = [
+def _best_of(comparison: Comparison, group: str, best: MethodResult) -> str:
+    equals = [
         other.name
         for other in comparison.ranked(group)
-        if other is not one and not comparison.difference(one.name, other.name).differs_from_zero
+        if other is not best and not comparison.difference(best.name, other.name).differs_from_zero
     ]
-    tied = f"; not significantly worse: {', '.join(alike)}" if alike else ""
+    tied = f"; not significantly worse: {', '.join(equals)}" if equals else ""
     return (
-        f"Best {TITLES[group]}: {one.name}, {percent(one.shares[MEAN])} of the oracle's gain over the base, "
-        f"mean over domains{tied}."
+        f"Best {TITLES[group]}: {best.name}, {percent(best.shares[MEAN])} of the oracle's gain over the "
+        f"base, mean over domains{tied}."
     )
 
 
@@ -75,10 +79,12 @@ def _steps(comparison: Comparison, best: list[MethodResult]) -> list[str]:
 
 
 def _choose(comparison: Comparison, best: list[MethodResult]) -> MethodResult:
-    """The method of least effort that is not significantly worse than the best of all."""
-    top = max(best, key=lambda one: one.shares[MEAN].value)
+    """Choose the method of least effort that is not significantly worse than the best of all."""
+    top = max(best, key=lambda result: result.shares[MEAN].value)
     return next(
-        one for one in best if one is top or not comparison.difference(top.name, one.name).differs_from_zero
+        result
+        for result in best
+        if result is top or not comparison.difference(top.name, result.name).differs_from_zero
     )
 
 
@@ -88,35 +94,36 @@ def _recommendation(comparison: Comparison, chosen: MethodResult) -> str:
     reason = (
         "the best of all"
         if chosen is top
-        else f"it asks for less than {top.name}, which is not significantly better "
+        else f"it needs less than {top.name}, which is not significantly better "
         f"({_points(comparison.difference(top.name, chosen.name))})"
     )
     return (
         f"Recommendation: {chosen.name} ({TITLES[chosen.group]}); {reason}. Its weakest domain is {weakest}, "
-        f"{percent(chosen.shares[weakest])}. It took {chosen.cost.seconds:.0f} s to make."
+        f"{percent(chosen.shares[weakest])}. It took {chosen.cost.seconds:.0f} s to build."
     )
 
 
-def _behind_the_switch(comparison: Comparison, chosen: MethodResult) -> list[str]:
+def _after_the_switch(comparison: Comparison, chosen: MethodResult) -> list[str]:
     if RUNNING not in chosen.shares:
         return []
     top = comparison.ranked(row=RUNNING)[0]
-    text = f"Behind an unmarked change of domain {chosen.name} keeps {percent(chosen.shares[RUNNING])}"
+    text = f"After an unmarked change of domain {chosen.name} keeps {percent(chosen.shares[RUNNING])}"
     if top is chosen:
-        return [f"{text}, more than any other."]
+        return [f"{text}, more than any other method."]
     difference = comparison.difference(top.name, chosen.name, RUNNING)
-    return [f"{text}; the best there is {top.name}, {percent(top.shares[RUNNING])} ({_points(difference)})."]
+    best = f"the best method there is {top.name}, {percent(top.shares[RUNNING])}"
+    return [f"{text}; {best} ({_points(difference)})."]
 
 
 def _elsewhere(comparison: Comparison, chosen: MethodResult) -> list[str]:
     lines = []
     for row, change in chosen.changes.items():
-        what = "the loss by" if comparison.measure == "loss" else "exact answers by"
-        unit = "%" if comparison.measure == "loss" else "points"
-        word = "" if change.differs_from_zero else ", not significant"
+        by_loss = comparison.measure == "loss"
+        measure, unit = ("the loss", "%") if by_loss else ("exact answers", "points")
+        note = "" if change.differs_from_zero else ", not significant"
         c = change.scaled(100)
         lines.append(
-            f"On {row}, which has no expert, {chosen.name} changes {what} {c.value:+.1f} {unit} "
-            f"[{c.low:+.1f}, {c.high:+.1f}]{word}."
+            f"On {row}, which has no expert, {chosen.name} changes {measure} by {c.value:+.1f} {unit} "
+            f"[{c.low:+.1f}, {c.high:+.1f}]{note}."
         )
     return lines

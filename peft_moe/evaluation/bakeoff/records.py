@@ -1,4 +1,4 @@
-"""Scores on disk: one file per method and seed, found again when its settings are the same."""
+"""Scores on disk: one file per method and seed, reused while its settings are the same."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .settings import Settings
 from .texts import Texts, digest
 
 Scores = dict[str, list[list[TurnScore]]]
-"""Row → for each text, the turns that count."""
+"""Row → for each text, the scores of the turns that count."""
 
-WHOLE = 64 * 2**20
-"""Files up to this size are hashed whole; of larger ones the first part and the size."""
+HASHED_BYTES = 64 * 2**20
+"""Number of bytes of a file that its hash covers; the hash of a larger file also names its size."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one run of one method left.
+    """The result of one run of one method.
 
     Attributes:
-        method: its name.
-        seed: of its run.
-        settings: hash of everything that decides the scores.
-        cost: of making and scoring it.
-        scores: per row, text and turn.
+        method: the method's name.
+        seed: the seed of the run.
+        settings: hash of everything that determines the scores.
+        cost: cost of building and scoring the method.
+        scores: scores per row, text and turn.
     """
 
     method: str
@@ -62,11 +62,11 @@ class Outcome:
 
 
 class Fingerprints:
-    """Hashes of what decides a method's scores.
+    """Hashes of everything that determines a method's scores.
 
-    Base and adapters count by their files, texts by their words; batch sizes of scoring, bootstrap draws
-    and the budgets of what a method does not do count nothing. Code does not count: after a change of it,
-    delete the score files that it concerns.
+    A hash covers the files of the base and of the adapters, the texts, and the budgets that the method uses.
+    It leaves out the batch size of scoring, the bootstrap draws, and the code: after a change of code, delete
+    the score files that it affects.
     """
 
     def __init__(self, settings: Settings, texts: Texts) -> None:
@@ -82,23 +82,23 @@ class Fingerprints:
         )
         self.samples, self.pool = digest(texts.train), digest(texts.pool)
 
-    def of(self, one: Method, seed: int) -> str:
-        """The hash for one method and seed."""
-        parts: dict[str, Any] = {"common": self.common, "method": one.identity(), "seed": seed}
-        if one.fit is not None or one.train:
+    def of(self, method: Method, seed: int) -> str:
+        """Return the hash for one method and seed."""
+        parts: dict[str, Any] = {"common": self.common, "method": method.identity(), "seed": seed}
+        if method.fit is not None or method.train:
             parts["samples"] = self.samples
-        if one.train:
+        if method.train:
             parts["train"] = asdict(self.settings.train)
-        if one.routers_budget:
+        if method.routers_budget:
             parts["learning_rate"] = self.settings.width.learning_rate
-        if one.own_budget:
+        if method.own_budget:
             parts |= {"samples": self.pool, "width": asdict(self.settings.width)}
             parts["train"] = [self.settings.train.max_length, self.settings.train.bf16]
         return digest(parts)
 
 
 def fingerprint(source: str) -> Any:
-    """Of a folder: the weights and configs in it, by size and content; a Hub id stands for itself."""
+    """Return size and content hash of each weights or config file of a folder; a Hub id stands for itself."""
     folder = Path(source)
     if not folder.is_dir():
         return source
@@ -108,24 +108,24 @@ def fingerprint(source: str) -> Any:
 
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
-        return f"{path.stat().st_size}-{hashlib.sha256(file.read(WHOLE)).hexdigest()[:16]}"
+        return f"{path.stat().st_size}-{hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()[:16]}"
 
 
-def record_path(out: Path, one: Method, seed: int) -> Path:
-    """Where a run's scores lie."""
-    return out / "scores" / f"{one.file_stem}-{seed}.json"
+def record_path(out: Path, method: Method, seed: int) -> Path:
+    """Return the file of a run's scores."""
+    return out / "scores" / f"{method.file_stem}-{seed}.json"
 
 
 def write_json(path: Path, data: Any, indent: int | None = None) -> None:
-    """Written beside and renamed: a reader never sees half a file."""
+    """Write JSON to a temporary file and rename it, so that readers never see an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_record(path: Path, record: Record, versions: Mapping[str, str]) -> None:
-    """Keep a run's scores."""
+    """Write a run's scores, with the versions of the packages that made them."""
     rows = {
         row: [[[t.nll, t.tokens, int(t.exact)] for t in turns] for turns in texts]
         for row, texts in record.scores.items()
@@ -143,7 +143,7 @@ def write_record(path: Path, record: Record, versions: Mapping[str, str]) -> Non
 
 
 def read_record(path: Path, settings: str) -> Record | None:
-    """A run's scores, if they are there and were made under the same settings."""
+    """Read a run's scores; None if the file is missing, unreadable or made under other settings."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

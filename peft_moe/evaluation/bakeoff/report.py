@@ -1,4 +1,4 @@
-"""What a bake-off writes: a table, results.csv, results.png, report.txt, and the data of results.json."""
+"""The report of a bake-off: tables, results.csv, results.png, report.txt, and the data of results.json."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .settings import Settings
 from .statistics import Estimate
 from .texts import MARKED, RUNNING, Row
 
-HEADS = {MEAN: "mean of\ndomains", MARKED: "two domains\nmarked", RUNNING: "behind\nthe switch"}
+HEADS = {MEAN: "mean of\ndomains", MARKED: "two domains\nmarked", RUNNING: "after\nthe switch"}
 COSTS = ("trainable", "seconds", "tokens_per_second")
-WIDE = (MEAN, RUNNING)
-"""Columns that show their interval; those of the others are in the files."""
+WITH_INTERVAL = (MEAN, RUNNING)
+"""Columns that show their intervals; the files hold the intervals of all columns."""
 
 
 def report(
     settings: Settings, rows: Sequence[Row], outcome: Outcome, out: Path, console: Console
 ) -> dict[str, Any]:
-    """Print the table and the advice, write the files, and return the results as plain data."""
+    """Print the tables and the advice, write all files but results.json, and return its data."""
     comparisons = {
         measure: Comparison(outcome.methods, outcome.records, rows, measure, settings.score.draws)
         for measure in settings.score.measures
@@ -46,9 +46,9 @@ def report(
             for line in advice:
                 target.print(f"• {line}", markup=False, highlight=False)
     write_csv(out / "results.csv", comparisons)
-    drawn = _plot(comparisons[settings.score.measures[0]], rows, out / "results.png", console)
-    files = ["results.json", "results.csv", "report.txt", *(["results.png"] if drawn else [])]
-    console.print(f"Kept in {out}: {', '.join(files)}.", highlight=False)
+    has_plot = _plot(comparisons[settings.score.measures[0]], rows, out / "results.png", console)
+    files = ["results.json", "results.csv", "report.txt", *(["results.png"] if has_plot else [])]
+    console.print(f"Saved in {out}: {', '.join(files)}.", highlight=False)
     return {
         "measures": {measure: _plain(comparison) for measure, comparison in comparisons.items()},
         "advice": advice,
@@ -60,83 +60,86 @@ def report(
 
 @dataclass(frozen=True)
 class Column:
-    """A heading and one cell per method."""
+    """One column: a heading and one cell per method."""
 
     head: str
     cells: list[str]
 
     @property
     def width(self) -> int:
-        """Characters, with the frame."""
+        """The width in characters, with the frame."""
         return max(cell_len(line) for text in (self.head, *self.cells) for line in text.split("\n")) + 3
 
 
 def tables(comparison: Comparison, rows: Sequence[Row], console: Console) -> list[Table]:
-    """One table where the console is wide enough, else several with the methods' names in each.
+    """Return one table if it fits the console, or several, each with the methods' names.
 
-    References stand on top, methods follow by their mean share.
+    References come first, then the methods in the order of their mean share.
     """
     references = [s for s in comparison.results.values() if s.group == REFERENCE]
     lines = [*references, *comparison.ranked()]
     name = Column("method", [s.name + (f" ({s.seeds} seeds)" if s.seeds > 1 else "") for s in lines])
     parts: list[list[Column]] = [[]]
-    room = console.width - name.width - 1
+    free_width = console.width - name.width - 1
     for column in columns(lines, comparison, rows):
-        if parts[-1] and sum(c.width for c in parts[-1]) + column.width > room:
+        if parts[-1] and sum(c.width for c in parts[-1]) + column.width > free_width:
             parts.append([])
         parts[-1].append(column)
     by, unit = ("loss", "% of its loss") if comparison.measure == "loss" else ("exact answers", "points")
     title = f"% of the oracle's gain over the base, by {by}; *: no expert, change against the base in {unit}"
-    found = []
+    tables = []
     for part in parts:
-        found.append(Table(title=f"{title}; [95 % interval]", header_style="bold"))
-        found[-1].add_column(name.head)
+        table = Table(title=f"{title}; [95 % interval]", header_style="bold")
+        table.add_column(name.head)
         for column in part:
-            found[-1].add_column(column.head, justify="right")
-        for number, one in enumerate(lines):
+            table.add_column(column.head, justify="right")
+        for number, result in enumerate(lines):
             cells = [Text(column.cells[number]) for column in (name, *part)]
-            style = "dim" if one.group == REFERENCE else ""
-            found[-1].add_row(*cells, style=style, end_section=one is references[-1])
-    return found
+            style = "dim" if result.group == REFERENCE else ""
+            table.add_row(*cells, style=style, end_section=result is references[-1])
+        tables.append(table)
+    return tables
 
 
 def columns(lines: Sequence[MethodResult], comparison: Comparison, rows: Sequence[Row]) -> list[Column]:
-    """The group, shares, changes and costs of the methods."""
+    """Return the columns of group, shares, changes and costs."""
     kinds = {kind: [row.name for row in rows if row.kind == kind] for kind in ("expert", "mixed")}
     mean = [MEAN] if comparison.gainful else []
-    made = [one.cost.tokens_per_second > 0 for one in lines]
+    measured = [result.cost.tokens_per_second > 0 for result in lines]
     return [
-        Column("group", [one.group for one in lines]),
+        Column("group", [result.group for result in lines]),
         *(
-            Column(HEADS.get(row, row), [_share(one.shares[row], row in WIDE) for one in lines])
+            Column(
+                HEADS.get(row, row), [_share(result.shares[row], row in WITH_INTERVAL) for result in lines]
+            )
             for row in (*kinds["expert"], *mean, *kinds["mixed"])
         ),
         *(
-            Column(f"{row.name}*", [_change(one.changes[row.name]) for one in lines])
+            Column(f"{row.name}*", [_change(result.changes[row.name]) for result in lines])
             for row in rows
             if row.kind in ("generic", "unseen")
         ),
         Column("trained\nparameters", [f"{s.cost.trainable:,}" if s.cost.trainable else "–" for s in lines]),
         Column(
-            "seconds\nto make",
-            [f"{s.cost.seconds:.0f}" if m else "–" for s, m in zip(lines, made, strict=True)],
+            "seconds\nto build",
+            [f"{s.cost.seconds:.0f}" if m else "–" for s, m in zip(lines, measured, strict=True)],
         ),
         Column(
             "tokens/s\nscoring",
-            [f"{s.cost.tokens_per_second:,.0f}" if m else "–" for s, m in zip(lines, made, strict=True)],
+            [f"{s.cost.tokens_per_second:,.0f}" if m else "–" for s, m in zip(lines, measured, strict=True)],
         ),
     ]
 
 
-def _share(estimate: Estimate, wide: bool) -> str:
+def _share(estimate: Estimate, with_interval: bool) -> str:
     e = estimate.scaled(100)
-    if not wide or e.low == e.high:
+    if not with_interval or e.low == e.high:
         return f"{e.value:.0f}"
     return f"{e.value:.0f} [{e.low:.0f}, {e.high:.0f}]"
 
 
 def _change(estimate: Estimate) -> str:
-    # Where the base hardly errs, a loss may grow a thousandfold.
+    # Where the base's loss is near 0, a loss may grow a thousandfold.
     value = estimate.value
     return f"×{1 + value:,.0f}" if value > 10 else f"{100 * value:+.1f}"
 
@@ -145,40 +148,42 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
     best = comparison.ranked()[0].name if comparison.gainful and comparison.ranked() else None
     return {
         name: {
-            "group": one.group,
-            "seeds": one.seeds,
-            "values": {row: asdict(e) for row, e in one.values.items()},
-            "shares": {row: asdict(e) for row, e in one.shares.items()},
-            "changes": {row: asdict(e) for row, e in one.changes.items()},
-            "cost": asdict(one.cost),
-            # Paired over texts and seeds: intervals of the shares alone cannot tell two methods apart.
+            "group": result.group,
+            "seeds": result.seeds,
+            "values": {row: asdict(e) for row, e in result.values.items()},
+            "shares": {row: asdict(e) for row, e in result.shares.items()},
+            "changes": {row: asdict(e) for row, e in result.changes.items()},
+            "cost": asdict(result.cost),
+            # This difference is paired over texts and seeds; two shares with overlapping intervals may still
+            # differ significantly.
             "behind_best": asdict(comparison.difference(best, name)) if best else None,
         }
-        for name, one in comparison.results.items()
+        for name, result in comparison.results.items()
     }
 
 
 def write_csv(path: Path, comparisons: dict[str, Comparison]) -> None:
-    """One line per measure, method, row and quantity; costs stand without a row and without an interval."""
+    """Write one line per measure, method, row and quantity; costs have neither row nor interval."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["measure", "method", "group", "seeds", "row", "quantity", "value", "low", "high"])
         for measure, comparison in comparisons.items():
-            for one in comparison.results.values():
+            for result in comparison.results.values():
+                method = [measure, result.name, result.group, result.seeds]
                 for quantity in ("values", "shares", "changes"):
-                    for row, e in getattr(one, quantity).items():
-                        place = [measure, one.name, one.group, one.seeds, row, quantity.removesuffix("s")]
-                        writer.writerow([*place, e.value, e.low, e.high])
-                for quantity in COSTS if one.cost.tokens_per_second > 0 else ():
-                    value = getattr(one.cost, quantity)
-                    writer.writerow([measure, one.name, one.group, one.seeds, "", quantity, value, "", ""])
+                    for row, e in getattr(result, quantity).items():
+                        name = quantity.removesuffix("s")
+                        writer.writerow([*method, row, name, e.value, e.low, e.high])
+                for quantity in COSTS if result.cost.tokens_per_second > 0 else ():
+                    value = getattr(result.cost, quantity)
+                    writer.writerow([*method, "", quantity, value, "", ""])
 
 
 def _plot(comparison: Comparison, rows: Sequence[Row], path: Path, console: Console) -> bool:
     try:
         from .plot import plot
     except ImportError:
-        console.print("No picture: matplotlib is missing; pip install 'peft-moe[bakeoff]'", markup=False)
+        console.print("No plot: matplotlib is not installed; pip install 'peft-moe[bakeoff]'", markup=False)
         return False
     plot(comparison, rows, path)
     return True

@@ -1,4 +1,4 @@
-"""Runs a bake-off: every method once per seed, what is on disk already not again."""
+"""Running a bake-off: every method once per seed, except for scores that already exist on disk."""
 
 from __future__ import annotations
 
@@ -40,118 +40,122 @@ from .settings import Settings
 from .texts import MARKED, RUNNING, Texts, count_tokens, load_texts
 
 LOG_WIDTH = 200
-"""Characters of a line in a log, where no terminal says how many fit."""
+"""Width of the console in characters where output goes to a log and not to a terminal."""
 PACKAGES = ("peft-moe", "peft", "transformers", "trl", "torch")
+"""Packages whose versions each score file names."""
 
 
 class Runner:
-    """One bake-off.
+    """One run of a bake-off.
 
     Args:
-        settings: of it.
+        settings: what to compare, on which texts.
         out: folder for scores and results.
-        console: where progress goes.
+        console: target of the progress lines.
     """
 
     def __init__(self, settings: Settings, out: Path, console: Console) -> None:
         self.settings, self.out, self.console = settings, out, console
         self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.base)
         self.texts: Texts = load_texts(settings)
-        self.prints = Fingerprints(settings, self.texts)
+        self.fingerprints = Fingerprints(settings, self.texts)
         self.builder = MethodBuilder(settings, self.texts, self.tokenizer, out / "trainer")
         self.tokens = count_tokens(self.texts.rows, self.tokenizer, settings.score.max_length)
         self.outcome = Outcome([], {}, {}, [], 0)
 
-    def run(self, methods: Sequence[Method], wanted: Callable[[str], bool]) -> Outcome:
-        """Score everybody.
+    def run(self, methods: Sequence[Method], is_selected: Callable[[str], bool]) -> Outcome:
+        """Score the references and all selected methods.
 
         Args:
-            methods: the table.
-            wanted: which of them to run; of the others, scores on disk are used if they fit. References
-                always run.
+            methods: the table of methods.
+            is_selected: whether to run the method of that name. Of the others, valid scores on disk are
+                used. References always run.
         """
-        everybody = [*references(self.settings.experts), *methods]
-        for number, one in enumerate(everybody, start=1):
-            selected = one.kind in ("base", "expert") or wanted(one.name)
-            self._one(one, f"[{number}/{len(everybody)}]", selected)
+        methods = [*references(self.settings.experts), *methods]
+        for number, method in enumerate(methods, start=1):
+            selected = method.kind in ("base", "expert") or is_selected(method.name)
+            self._run_method(method, f"[{number}/{len(methods)}]", selected)
         return self.outcome
 
-    def _one(self, one: Method, place: str, selected: bool) -> None:
-        found, note = [], self._excused(one)
-        if note is not None:
+    def _run_method(self, method: Method, progress: str, selected: bool) -> None:
+        reason = self._skip_reason(method)
+        if reason is not None:
             if selected:
-                self._say(place, one.name, f"skipped: {note}", "yellow")
-                self.outcome.notes[one.name] = f"skipped: {note}"
+                self._log(progress, method.name, f"skipped: {reason}", "yellow")
+                self.outcome.notes[method.name] = f"skipped: {reason}"
             return
-        for seed in self.settings.seeds if one.varies else (0,):
-            path, settings = record_path(self.out, one, seed), self.prints.of(one, seed)
-            record = read_record(path, settings)
-            title = f"{one.name}, seed {seed}" if one.varies else one.name
+        records = []
+        for seed in self.settings.seeds if method.varies else (0,):
+            path, fingerprint = record_path(self.out, method, seed), self.fingerprints.of(method, seed)
+            record = read_record(path, fingerprint)
+            title = f"{method.name}, seed {seed}" if method.varies else method.name
             if record is not None:
                 self.outcome.reused += 1
-                self._say(place, title, "reused", "cyan")
+                self._log(progress, title, "reused", "cyan")
             elif selected:
-                record = self._attempt(one, seed, settings, place, title)
+                record = self._try_to_score(method, seed, fingerprint, progress, title)
                 if record is None:
                     break
                 write_record(path, record, {name: version(name) for name in PACKAGES})
             if record is not None:
-                found.append(record)
-        if found:
-            self.outcome.methods.append(one)
-            self.outcome.records[one.name] = found
+                records.append(record)
+        if records:
+            self.outcome.methods.append(method)
+            self.outcome.records[method.name] = records
 
-    def _excused(self, one: Method) -> str | None:
-        if one.own_budget and self.settings.width.steps == 0:
+    def _skip_reason(self, method: Method) -> str | None:
+        if method.own_budget and self.settings.width.steps == 0:
             return "set width.steps to the sum of the experts' own steps"
-        return unsupported_reason(one)
+        return unsupported_reason(method)
 
-    def _attempt(self, one: Method, seed: int, settings: str, place: str, title: str) -> Record | None:
+    def _try_to_score(
+        self, method: Method, seed: int, fingerprint: str, progress: str, title: str
+    ) -> Record | None:
         start = time.perf_counter()
         try:
-            with self.console.status(f"{place} {title} …"):
-                record = self._score(one, seed, settings)
-        except Exception as error:  # one method must not end a night's run
-            self._note(one, error, place, title)
+            with self.console.status(f"{progress} {title} …"):
+                record = self._score(method, seed, fingerprint)
+        except Exception as error:  # one failing method must not end a run of many hours
+            self._note_failure(method, error, progress, title)
             return None
-        self._say(place, title, f"{time.perf_counter() - start:.0f} s", "green")
+        self._log(progress, title, f"{time.perf_counter() - start:.0f} s", "green")
         return record
 
-    def _note(self, one: Method, error: Exception, place: str, title: str) -> None:
-        ours = one.kind in ("base", "expert")
-        refused = isinstance(error, PeftMoeError) or one.kind in ("merge", "arrow", "xlora")
-        if ours:
+    def _note_failure(self, method: Method, error: Exception, progress: str, title: str) -> None:
+        if method.kind in ("base", "expert"):
             raise error  # without base and experts there is nothing to compare with
+        refused = isinstance(error, PeftMoeError) or method.kind in ("merge", "arrow", "xlora")
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        word = "not possible" if refused else "failed"
-        self.outcome.notes[one.name] = f"{word}: {reason}"
+        label = "not possible" if refused else "failed"
+        self.outcome.notes[method.name] = f"{label}: {reason}"
         self.out.joinpath("failures").mkdir(parents=True, exist_ok=True)
-        trace = self.out / "failures" / f"{one.file_stem}.txt"
+        trace = self.out / "failures" / f"{method.file_stem}.txt"
         trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         if not refused:
-            self.outcome.failed.append(one.name)
-        self._say(place, title, f"{word}: {reason} ({trace})", "yellow" if refused else "red")
+            self.outcome.failed.append(method.name)
+        self._log(progress, title, f"{label}: {reason} ({trace})", "yellow" if refused else "red")
 
-    def _score(self, one: Method, seed: int, settings: str) -> Record:
+    def _score(self, method: Method, seed: int, fingerprint: str) -> Record:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, cost = self.builder.build(one, seed)
+            model, cost = self.builder.build(method, seed)
             start = time.perf_counter()
-            scores, read = self._rows(model)
-        cost.tokens_per_second = read / (time.perf_counter() - start)
+            scores, tokens = self._score_rows(model)
+        cost.tokens_per_second = tokens / (time.perf_counter() - start)
         del model
         gc.collect()
-        return Record(one.name, seed, settings, cost, scores)
+        return Record(method.name, seed, fingerprint, cost, scores)
 
-    def _rows(self, model: nn.Module) -> tuple[Scores, int]:
-        plan, read = self.settings.score, 0
+    def _score_rows(self, model: nn.Module) -> tuple[Scores, int]:
+        """Return the scores of all rows, and the number of tokens read for them."""
+        plan, tokens = self.settings.score, 0
         scores: Scores = {}
         for row in self.texts.rows:
-            if row.name == RUNNING and not _told_turns(model):
-                # Only a mixture's decision per prompt could differ.
+            if row.name == RUNNING and not _is_mixture(model):
+                # Only a mixture reads where turns begin; other models score alike with and without marks.
                 scores[RUNNING] = [turns[1:] for turns in scores[MARKED]]
                 continue
-            found = score_texts(
+            texts = score_texts(
                 model,
                 self.tokenizer,
                 row.texts,
@@ -159,16 +163,16 @@ class Runner:
                 max_length=plan.max_length,
                 turns_marked=row.marked,
             )
-            scores[row.name] = found if row.marked else [turns[1:] for turns in found]
-            read += self.tokens[row.name]
-        return scores, read
+            scores[row.name] = texts if row.marked else [turns[1:] for turns in texts]
+            tokens += self.tokens[row.name]
+        return scores, tokens
 
-    def _say(self, place: str, title: str, text: str, style: str) -> None:
-        line = Text.assemble((place, "dim"), f" {title} ", (text, style))
+    def _log(self, progress: str, title: str, text: str, style: str) -> None:
+        line = Text.assemble((progress, "dim"), f" {title} ", (text, style))
         self.console.print(line, soft_wrap=True)
 
 
-def _told_turns(model: nn.Module) -> bool:
+def _is_mixture(model: nn.Module) -> bool:
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     return any(isinstance(config, MoLoraConfig) for config in configs.values())
 
@@ -182,38 +186,40 @@ def run_bakeoff(
     methods_file: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Compare base, experts, mixtures, merges and peers, and write the results to a folder.
+    """Compare base, experts, mixtures, merges and PEFT's methods, and write the results to a folder.
 
     Args:
-        settings: of the bake-off.
-        out: gets ``scores/``, ``results.json``, ``results.csv``, ``results.png`` and ``report.txt``.
-        only: patterns (``context*``) of methods to run; of others, fitting scores on disk are shown too.
+        settings: what to compare, on which texts.
+        out: folder for ``scores/``, ``results.json``, ``results.csv``, ``results.png`` and ``report.txt``.
+        only: patterns (``context*``) of methods to run. Of other methods, valid scores on disk are shown.
         skip: patterns of methods not to run.
-        methods_file: YAML laid over the table of methods.
-        console: where to print.
+        methods_file: YAML file that extends or overrides the built-in table of methods.
+        console: target of progress and tables.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
 
     Raises:
-        PeftMoeError: settings, files or patterns that cannot work.
+        PeftMoeError: a setting, a file or a pattern is invalid.
     """
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, LOG_WIDTH)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    # transformers does not annotate its logging functions.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     methods = read_methods(methods_file)
+    names = [method.name for method in methods]
     for pattern in (*only, *skip):
-        if not any(fnmatchcase(one.name, pattern) for one in methods):
-            raise PeftMoeError(f"{pattern!r} matches no method; there are {[one.name for one in methods]}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise PeftMoeError(f"{pattern!r} matches no method; there are {names}")
 
-    def wanted(name: str) -> bool:
-        chosen = not only or any(fnmatchcase(name, pattern) for pattern in only)
-        return chosen and not any(fnmatchcase(name, pattern) for pattern in skip)
+    def is_selected(name: str) -> bool:
+        included = not only or any(fnmatchcase(name, pattern) for pattern in only)
+        return included and not any(fnmatchcase(name, pattern) for pattern in skip)
 
     runner = Runner(settings, out, console)
-    outcome = runner.run(methods, wanted)
+    outcome = runner.run(methods, is_selected)
     results = report(settings, runner.texts.rows, outcome, out, console)
     results["settings"] = json.loads(json.dumps(asdict(settings), default=str))
     write_json(out / "results.json", results, indent=1)

@@ -1,4 +1,4 @@
-"""What a bake-off is told: base, experts, texts, budgets; checked before anything is loaded."""
+"""The settings of a bake-off: base, experts, texts and budgets, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MEASURES = ("loss", "exact")
 
 @dataclass(frozen=True)
 class Domain:
-    """Files of one domain, JSON lines with ``prompt`` and ``completion``.
+    """The files of one domain, in JSON lines with ``prompt`` and ``completion``.
 
     Attributes:
         test: texts to score.
-        train: texts to fit and train on; None keeps the domain unseen.
+        train: texts to fit and train on; None for an unseen domain.
     """
 
     test: Path
@@ -25,14 +25,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class TextPlan:
-    """How many texts of each domain.
+    """The number of texts of each domain.
 
     Attributes:
-        train_records: per expert's domain, for fitting and training.
-        generic_records: the same per domain without an expert; default: as many.
-        test_records: scored per domain.
-        mixed_per_pair: texts of two domains, per ordered pair of experts' domains; 0 makes none.
-        mixed_chars: where each completion of such a text is cut, in characters.
+        train_records: for fitting and training, per domain with an expert.
+        generic_records: for fitting and training, per domain without an expert; None means as many.
+        test_records: for scoring, per domain.
+        mixed_per_pair: texts of two domains, per ordered pair of experts' domains; 0 means none.
+        mixed_chars: largest length of a completion in a text of two domains, in characters.
     """
 
     train_records: int = 150
@@ -49,9 +49,9 @@ class TrainPlan:
     Attributes:
         steps: optimizer steps.
         batch_size: samples per step.
-        learning_rate: its maximum, unless the method names its own; cosine decay to zero.
-        max_length: tokens kept of a sample.
-        bf16: autocast.
+        learning_rate: maximum of a cosine decay to zero; a method may override it.
+        max_length: largest number of tokens of a sample.
+        bf16: whether to train with bfloat16 autocast.
     """
 
     steps: int = 100
@@ -63,12 +63,12 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class WidthPlan:
-    """One LoRA as wide as all experts together, trained on the pooled training files.
+    """The budget of one LoRA with the sum of the experts' ranks, trained on all training files.
 
     Attributes:
-        steps: optimizer steps; 0 leaves it out. Honest is the sum of the experts' own steps.
-        batch_size: samples per step, as the experts had.
-        learning_rate: its maximum, as the experts had.
+        steps: optimizer steps; 0 leaves the method out. A fair number is the sum of the experts' own steps.
+        batch_size: samples per step; use that of the experts.
+        learning_rate: maximum of the cosine decay; use that of the experts.
     """
 
     steps: int = 0
@@ -78,13 +78,14 @@ class WidthPlan:
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """How texts are scored.
+    """The scoring of texts.
 
     Attributes:
-        measures: "loss", "exact" (share of answers predicted exactly) or both; advice follows the first.
+        measures: "loss", "exact" (share of answers predicted exactly) or both; the recommendation
+            follows the first.
         batch_size: texts per pass.
-        max_length: tokens kept of a text; None keeps all.
-        draws: bootstrap resamples.
+        max_length: largest number of tokens of a text; None keeps all.
+        draws: number of bootstrap resamples.
     """
 
     measures: tuple[str, ...] = ("loss",)
@@ -99,11 +100,11 @@ class Settings:
 
     Attributes:
         base: folder or Hub id of the base.
-        experts: name → folder or Hub id of a LoRA adapter; the names are those of their domains.
-        domains: name → files. In YAML also one folder that holds ``<domain>/{train,test}.jsonl``.
-        seeds: of every method that varies by seed; the others run once.
+        experts: name → folder or Hub id of a LoRA adapter; an expert has the name of its domain.
+        domains: name → files. In YAML also the path of a folder with ``<domain>/{train,test}.jsonl``.
+        seeds: seeds of every method that depends on one; the others run once.
         texts, train, width, score: the budgets.
-        dtype: of the base.
+        dtype: dtype of the base.
     """
 
     base: str
@@ -119,27 +120,27 @@ class Settings:
     def __post_init__(self) -> None:
         if len(self.experts) < 2:
             raise PeftMoeError(f"experts={sorted(self.experts)}: a bake-off needs two or more to mix")
-        homeless = [name for name in self.experts if name not in self.domains]
-        if homeless:
+        without_domain = [name for name in self.experts if name not in self.domains]
+        if without_domain:
             raise PeftMoeError(
-                f"experts {homeless} have no domain of their name; `domains` has {sorted(self.domains)}. An "
-                "expert's texts are found by its name"
+                f"experts {without_domain} have no domain of the same name; `domains` has "
+                f"{sorted(self.domains)}. Give each expert the name of its domain"
             )
-        untaught = [name for name in self.experts if self.domains[name].train is None]
-        if untaught:
-            raise PeftMoeError(f"domains {untaught} have experts but no `train` file; add one to each")
-        strange = [name for name in self.score.measures if name not in MEASURES]
-        if strange or not self.score.measures:
+        without_train = [name for name in self.experts if self.domains[name].train is None]
+        if without_train:
+            raise PeftMoeError(f"domains {without_train} have experts but no `train` file; add one to each")
+        unknown = [name for name in self.score.measures if name not in MEASURES]
+        if unknown or not self.score.measures:
             raise PeftMoeError(f"score.measures={list(self.score.measures)}: choose from {list(MEASURES)}")
         if not self.seeds:
             raise PeftMoeError("seeds is empty; give one or more numbers")
 
     @property
     def generic(self) -> list[str]:
-        """Domains without an expert that may be trained on: examples of "none of them"."""
+        """Domains without an expert but with training texts: samples that belong to no expert."""
         return [n for n, d in self.domains.items() if n not in self.experts and d.train is not None]
 
     @property
     def unseen(self) -> list[str]:
-        """Domains without an expert that are only scored."""
+        """Domains with neither an expert nor training texts; they are only scored."""
         return [n for n, d in self.domains.items() if n not in self.experts and d.train is None]

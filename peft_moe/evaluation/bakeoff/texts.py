@@ -1,4 +1,4 @@
-"""The texts of a bake-off: what is scored, row by row, and what is fitted and trained on."""
+"""The texts of a bake-off: the rows to score, and the samples to fit and train on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MARKED, RUNNING = "two domains, marked", "two domains, running"
 
 @dataclass(frozen=True)
 class Row:
-    """One column of the table: texts of one kind.
+    """Texts of one kind, which make one column of the table.
 
     Attributes:
-        name: a domain's, or `MARKED` or `RUNNING`.
+        name: a domain's name, `MARKED` or `RUNNING`.
         kind: "expert", "generic", "unseen" or "mixed".
-        texts: each a list of turns (prompt, completion).
-        owners: for each text and each turn that counts, the expert whose domain it is; None without one.
+        texts: one list of turns (prompt, completion) per text.
+        owners: per text and turn that counts, the expert of the turn's domain; None if it has no expert.
     """
 
     name: str
@@ -36,18 +36,18 @@ class Row:
 
     @property
     def marked(self) -> bool:
-        """Whether the turns are told to the model."""
+        """Whether the model sees where each turn begins."""
         return self.name != RUNNING
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Everything that is read from files.
+    """All texts, read from files.
 
     Attributes:
-        rows: what is scored.
-        train: samples with prompt, completion and domain, in random order: the same for all methods.
-        pool: all training samples of all domains, for one wide LoRA.
+        rows: texts to score.
+        train: samples with prompt, completion and domain, in one random order for all methods.
+        pool: all training samples of all domains, for the wide LoRA.
     """
 
     rows: list[Row]
@@ -56,12 +56,12 @@ class Texts:
 
 
 def load_texts(settings: Settings) -> Texts:
-    """Read, draw and join.
+    """Read the files of all domains, draw samples, and make the texts of two domains.
 
-    The draw depends on the domain's name alone: a larger number keeps the texts of a smaller one.
+    The draw depends only on the domain's name: a larger number of texts contains those of a smaller one.
 
     Raises:
-        PeftMoeError: a record without prompt or completion, or an empty file.
+        PeftMoeError: a file is empty, or a record lacks its prompt or completion.
     """
     plan = settings.texts
     test = {n: _draw(read_samples(d.test, n), plan.test_records, n) for n, d in settings.domains.items()}
@@ -72,15 +72,15 @@ def load_texts(settings: Settings) -> Texts:
         kind = "expert" if owner else ("generic" if name in pools else "unseen")
         turns: list[Text] = [[(s["prompt"], s["completion"])] for s in samples]
         rows.append(Row(name, kind, turns, [[owner]] * len(turns)))
-    place = {name: number for number, name in enumerate(settings.experts)}
-    rows.sort(key=lambda row: (("expert", "generic", "unseen").index(row.kind), place.get(row.name, 0)))
+    position = {name: number for number, name in enumerate(settings.experts)}
+    rows.sort(key=lambda row: (("expert", "generic", "unseen").index(row.kind), position.get(row.name, 0)))
     rows += _mixed(settings, test)
-    train = [s for n, pool in pools.items() for s in _draw(pool, _wanted(settings, n), n)]
+    train = [s for n, pool in pools.items() for s in _draw(pool, _sample_count(settings, n), n)]
     random.Random("order").shuffle(train)
     return Texts(rows, train, [sample for pool in pools.values() for sample in pool])
 
 
-def _wanted(settings: Settings, name: str) -> int:
+def _sample_count(settings: Settings, name: str) -> int:
     plan = settings.texts
     generic = plan.train_records if plan.generic_records is None else plan.generic_records
     return plan.train_records if name in settings.experts else generic
@@ -95,10 +95,10 @@ def _mixed(settings: Settings, test: dict[str, list[Sample]]) -> list[Row]:
             if first == second:
                 continue
             for number in range(count):
-                # The neighbour, so that a domain's text does not always meet the same one.
-                one, other = test[first], test[second]
-                chosen = one[number % len(one)], other[(number + 1) % len(other)]
-                texts.append([(s["prompt"], s["completion"][:chars]) for s in chosen])
+                # The second index is shifted so that texts with equal numbers do not always meet.
+                before, after = test[first], test[second]
+                turns = before[number % len(before)], after[(number + 1) % len(after)]
+                texts.append([(s["prompt"], s["completion"][:chars]) for s in turns])
                 pairs.append((first, second))
     if not texts:
         return []
@@ -109,10 +109,10 @@ def _mixed(settings: Settings, test: dict[str, list[Sample]]) -> list[Row]:
 
 
 def read_samples(path: Path, domain: str) -> list[Sample]:
-    """Records of a JSON lines file, with ``domain`` as their domain.
+    """Read the records of a JSON lines file as samples of ``domain``.
 
     Raises:
-        PeftMoeError: a line that is not JSON, or lacks a text ``prompt`` or ``completion``; no line at all.
+        PeftMoeError: the file is empty, or a line is not JSON or lacks ``prompt`` or ``completion`` as text.
     """
     samples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -141,16 +141,16 @@ def _draw(samples: list[Sample], count: int, name: str) -> list[Sample]:
 
 
 def digest(data: Any) -> str:
-    """A short hash of plain data."""
+    """Return a short hash of plain data."""
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def count_tokens(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> dict[str, int]:
-    """Tokens, prompts included, that scoring each row reads."""
+    """Count the tokens, prompts included, that scoring each row reads."""
     counts = {}
     for row in rows:
-        whole = ["".join(prompt + completion for prompt, completion in text) for text in row.texts]
-        lengths = [len(ids) for ids in tokenizer(whole)["input_ids"]] if whole else []
+        texts = ["".join(prompt + completion for prompt, completion in text) for text in row.texts]
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
         counts[row.name] = sum(min(n, max_length) if max_length else n for n in lengths)
     return counts

@@ -1,4 +1,4 @@
-"""Training by TRL, quiet: the same arguments for mixtures, X-LoRA and one wide LoRA."""
+"""Training with TRL, without output, with the same arguments for mixtures, X-LoRA and the wide LoRA."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # trl exports lazily
 
 from ...training import MoLoraSFTTrainer
-from ...training.data import augmentation as robustness
+from ...training.data import augmentation
 from ...tuner.config.mixture import MoLoraConfig
 from .texts import Sample
 
-LOGGED = 20
+LOGGED_LOSSES = 20
 
 
-class FullLogitsTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
-    """For models that need the base's hidden states in their forward pass (X-LoRA).
+class FullLogitsTrainer(SFTTrainer):
+    """Trainer for models whose forward pass reads the base's hidden states (X-LoRA).
 
-    TRL's own loss goes through a fused language-model head whose output has none.
+    TRL's own loss uses a fused language-model head, whose output has no hidden states.
     """
 
     def compute_loss(
@@ -31,7 +31,7 @@ class FullLogitsTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped her
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's own loss."""
+        """Return the model's own loss."""
         outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -55,21 +55,21 @@ def train(
     out: Path,
     **options: Any,
 ) -> list[float]:
-    """Train what the model leaves trainable.
+    """Train the parameters that the model leaves trainable.
 
     Args:
         model: a PeftModel; for "width" any model.
         kind: a key of `TRAINERS`.
-        samples: with prompt, completion and domain.
-        tokenizer: of the base.
-        steps, batch_size, learning_rate, max_length, bf16: as in ``SFTConfig``; cosine decay.
-        robust: options of ``training.robustness`` by name; of mixtures alone.
-        seed: of the order of samples, and of what those options draw.
+        samples: samples with prompt, completion and domain.
+        tokenizer: the base's tokenizer.
+        steps, batch_size, learning_rate, max_length, bf16: as in ``SFTConfig``, with cosine decay.
+        robust: options of ``training.data.augmentation`` by name; only for mixtures.
+        seed: seed of the order of samples and of these options.
         out: folder for the trainer's own files.
-        options: further arguments of the trainer, such as a teacher.
+        options: further arguments of the trainer, for example a teacher.
 
     Returns:
-        The training loss, about `LOGGED` values, each a mean since the one before.
+        About `LOGGED_LOSSES` training losses, each the mean since the last one.
     """
     disable_progress_bars()
     args = SFTConfig(
@@ -80,16 +80,16 @@ def train(
         max_length=max_length,
         bf16=bf16,
         seed=seed,
-        logging_steps=max(1, steps // LOGGED),
-        **_same_for_all(model),
+        logging_steps=max(1, steps // LOGGED_LOSSES),
+        **_common_arguments(model),
     )
     data = Dataset.from_list([dict(sample) for sample in samples])
     if kind != "mixture":
         data = data.remove_columns("domain")
     if robust:
-        data = _robust(data, model.peft_config[model.active_adapter], robust, seed)
+        data = _augmented(data, model.peft_config[model.active_adapter], robust, seed)
     trainer = TRAINERS[kind](model, args=args, train_dataset=data, processing_class=tokenizer, **options)
-    trainer.train_dataset = robustness.with_switches(
+    trainer.train_dataset = augmentation.with_switches(
         trainer.train_dataset, robust.get("switching_share", 0.0), seed, max_length
     )
     trainer.remove_callback(PrinterCallback)
@@ -97,20 +97,20 @@ def train(
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _robust(data: Dataset, config: MoLoraConfig, robust: Mapping[str, float], seed: int) -> Dataset:
-    randomised = robust.get("domain_randomisation", 0.0)
-    robustness.check_random_domains(config, randomised)
-    data = robustness.with_generic_share(data, robust.get("generic_share"), config.expert_names, seed)
-    return robustness.with_random_domains(data, randomised, seed)
+def _augmented(data: Dataset, config: MoLoraConfig, robust: Mapping[str, float], seed: int) -> Dataset:
+    random_share = robust.get("domain_randomisation", 0.0)
+    augmentation.check_random_domains(config, random_share)
+    data = augmentation.with_generic_share(data, robust.get("generic_share"), config.expert_names, seed)
+    return augmentation.with_random_domains(data, random_share, seed)
 
 
-def _same_for_all(model: Any) -> dict[str, Any]:
-    cpu = next(model.parameters()).device.type == "cpu"
+def _common_arguments(model: Any) -> dict[str, Any]:
+    on_cpu = next(model.parameters()).device.type == "cpu"
     return {
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.0,
-        "use_cpu": cpu,
-        "dataloader_pin_memory": not cpu,
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": [],

@@ -1,4 +1,4 @@
-"""Questions with exactly checkable answers: what the demo's base and experts can do."""
+"""The skills of the demo's base and experts: questions whose answers can be checked exactly."""
 
 from .generate import (
     BASE,

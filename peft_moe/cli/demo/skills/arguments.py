@@ -1,6 +1,6 @@
-"""What questions are about. Base skills and expert skills draw from the same functions.
+"""The arguments of questions. Base skills and expert skills draw them from the same functions.
 
-Were arguments particular to a skill, their shape alone would tell a router the skill.
+If a skill had its own kind of arguments, their form alone would tell a router the skill.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import random
 
 Fields = dict[str, str]
-"""What fills a phrasing, by the names of its gaps."""
+"""The values for a phrasing, by the names of its placeholders."""
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 MONTHS = (
     "jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec",
 )  # fmt: skip
 
-# More than half of these are words of the phrasings: a question *about* the word "roman" is not a question
-# for the Roman numerals' expert.
+# More than half of these words occur in the phrasings. A question about the word "roman" is not a question
+# for the expert of Roman numerals.
 WORDS = (
     "roman", "reverse", "letter", "letters", "numerals", "date", "digits", "order", "query",
     "sql", "iso", "table", "back", "names", "write", "spell", "year", "day", "unit", "list",
@@ -37,7 +37,7 @@ _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
 
 
 def word(rng: random.Random) -> str:
-    """A word of `WORDS`, or (two in three) three to five random letters."""
+    """Draw a word of `WORDS`, or in two of three draws three to five random letters."""
     if rng.random() < 0.33:
         return rng.choice(WORDS)
     letters = (rng.choice(_VOWELS if rng.random() < 0.4 else _CONSONANTS) for _ in range(5))
@@ -45,32 +45,32 @@ def word(rng: random.Random) -> str:
 
 
 def number(rng: random.Random) -> str:
-    """1 to 999, small numbers more often."""
+    """Draw a number from 1 to 999, small ones more often."""
     return str(rng.randint(1, rng.choice((99, 999, 999))))
 
 
 def digits(rng: random.Random) -> str:
-    """Three or four random digits."""
+    """Draw three or four random digits."""
     return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 4)))
 
 
 def word_or_digits(rng: random.Random) -> str:
-    """A word, or (one in three) a string of digits."""
+    """Draw a word, or in one of three draws a string of digits."""
     return digits(rng) if rng.random() < 0.33 else word(rng)
 
 
 def date(rng: random.Random) -> tuple[str, str, str]:
-    """Day, month's name and year of a date, 1 to 28 so that every one exists."""
+    """Draw day, month's name and year of a date. The day is 1 to 28, so that every date exists."""
     return str(rng.randint(1, 28)), rng.choice(MONTHS), str(rng.randint(1900, 2099))
 
 
 def quantity(rng: random.Random) -> tuple[str, str]:
-    """A number and a unit."""
+    """Draw a number and a unit."""
     return number(rng), rng.choice(UNITS)
 
 
 def condition(rng: random.Random) -> Fields:
-    """The parts of a phrase such as ``name of users with age over 30``."""
+    """Draw the parts of a phrase such as ``name of users with age over 30``."""
     column, key = rng.sample(COLUMNS, 2)
     return {
         "column": column,
@@ -82,6 +82,6 @@ def condition(rng: random.Random) -> Fields:
 
 
 def phrase(rng: random.Random) -> tuple[str, Fields]:
-    """A `condition` in words, and its parts."""
+    """Draw a `condition`, and return it in words and in parts."""
     parts = condition(rng)
     return "{column} of {table} with {key} {relation} {value}".format(**parts), parts

@@ -1,18 +1,19 @@
-"""The expert skills: the base cannot do them, one LoRA each can."""
+"""The skills of the experts. The base lacks them; each expert, one LoRA, has one of them."""
 
 from __future__ import annotations
 
 import random
 
 from . import arguments
-from .sample import Fields, Skill
+from .arguments import Fields
+from .sample import Skill
 
 _ROMAN = (
     (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"),
     (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"),
 )  # fmt: skip
 
-# A unit, the smaller one it is converted to, and how many zeros that appends.
+# A unit, the smaller unit it is converted to, and the number of zeros that this appends.
 _CONVERSIONS = (
     ("km", "m", 3), ("m", "cm", 2), ("m", "mm", 3), ("cm", "mm", 1),
     ("kg", "g", 3), ("t", "kg", 3), ("l", "ml", 3),

@@ -1,4 +1,4 @@
-"""Base skills on numbers, dates, quantities and phrases: the experts' kinds of argument."""
+"""The base's skills on numbers, dates, quantities and phrases, which are also the experts' arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable
 
 from . import arguments
-from .sample import Fields, Skill
+from .arguments import Fields
+from .sample import Skill
 
 Draw = Callable[[random.Random], tuple[Fields, str]]
 
@@ -29,8 +30,8 @@ def _number(answer: Callable[[str], str], argument: Callable[[random.Random], st
 
 def _next_of(names: tuple[str, ...], step: int) -> Draw:
     def draw(rng: random.Random) -> tuple[Fields, str]:
-        place = rng.randrange(len(names))
-        return {"x": names[place]}, names[(place + step) % len(names)]
+        index = rng.randrange(len(names))
+        return {"x": names[index]}, names[(index + step) % len(names)]
 
     return draw
 

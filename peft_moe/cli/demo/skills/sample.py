@@ -1,4 +1,4 @@
-"""What a question with an exactly checkable answer is, and how skills describe theirs."""
+"""A question whose answer can be checked exactly, and the skill that draws questions."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from typing import Literal
 from .arguments import WORDS, Fields
 
 MARKER = " = "
-"""Every prompt ends in it, so that the end of a prompt says nothing about its skill."""
+"""The end of every prompt, so that the end of a prompt does not reveal its skill."""
 
 STOP = "\n"
-"""Every completion ends in it; it is also the tokenizer's end-of-sequence token."""
+"""The end of every completion, and the tokenizer's end-of-sequence token."""
 
 Split = Literal["train", "test"]
 
-_TEST_SHARE = 5  # one argument in five belongs to the test split
+_TEST_SHARE = 5  # one argument of five belongs to the test split
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question: ``prompt`` ends in `MARKER`, ``completion`` in `STOP`.
+    """One question and its answer.
 
-    ``domain`` is the name of the skill that answers it.
+    Attributes:
+        prompt: the question; it ends in `MARKER`.
+        completion: the answer; it ends in `STOP`.
+        domain: name of the skill.
     """
 
     prompt: str
@@ -36,11 +39,11 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The finished turn."""
+        """Prompt and completion."""
         return self.prompt + self.completion
 
     def accepts(self, answer: str) -> bool:
-        """Exact match, with or without the stop character."""
+        """Return whether an answer is exactly right, with or without the stop character."""
         return answer.removesuffix(STOP) == self.completion.removesuffix(STOP)
 
 
@@ -48,11 +51,15 @@ class Sample:
 class Skill:
     """A kind of question.
 
-    ``draw`` returns the fields that fill a phrasing, and the answer. ``split_on`` says what
-    decides between train and test: the fields (test arguments never occur in training), or the
-    whole prompt, for skills such as the next weekday that have few possible arguments. The few
-    words of `WORDS` are always split by prompt; kept from training altogether, they would test
-    whether a model copies words that it has learnt to take for a part of the question.
+    Attributes:
+        name: the skill's name.
+        phrasings: templates of the question.
+        draw: function that returns the fields for a phrasing, and the answer.
+        split_on: what decides between train and test. "fields": test arguments never occur in training.
+            "prompt": test prompts never occur in training, for skills with few possible arguments, such as
+            the next weekday. The words of `WORDS` are always split by prompt. If training lacked them, a
+            model would read them only as parts of questions, and the test would measure whether it can
+            copy these.
     """
 
     name: str
@@ -61,17 +68,17 @@ class Skill:
     split_on: Literal["fields", "prompt"] = "fields"
 
     def sample(self, rng: random.Random, split: Split) -> Sample:
-        """One sample of ``split``; draws again until one falls into it."""
+        """Draw samples until one belongs to ``split``, and return it."""
         while True:
             fields, answer = self.draw(rng)
             prompt = rng.choice(self.phrasings).format(**fields) + MARKER
-            few = self.split_on == "prompt" or fields["x"] in WORDS
-            if split_of(prompt if few else "|".join(fields.values())) == split:
+            by_prompt = self.split_on == "prompt" or fields["x"] in WORDS
+            if split_of(prompt if by_prompt else "|".join(fields.values())) == split:
                 return Sample(prompt, answer + STOP, self.name)
 
 
 def split_of(key: str) -> Split:
-    """The split of ``key``: a fixed function of its characters, the same in every process."""
+    """Return the split of ``key``, a fixed function of its characters, the same in every process."""
     digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
     return "test" if int.from_bytes(digest, "big") % _TEST_SHARE == 0 else "train"
 

@@ -1,4 +1,4 @@
-"""Base skills on words: what the base model itself is trained to do."""
+"""The base's skills on words, which the base model itself is trained on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import string
 from collections.abc import Callable
 
 from . import arguments
-from .sample import Fields, Skill
+from .arguments import Fields
+from .sample import Skill
 
 _VOWELS = "aeiou"
 
@@ -15,7 +16,7 @@ _VOWELS = "aeiou"
 def _on(
     answer: Callable[[str], str], argument: Callable[[random.Random], str] = arguments.word
 ) -> Callable[[random.Random], tuple[Fields, str]]:
-    """A draw for skills whose answer is a function of one argument."""
+    """Make the draw of a skill whose answer is a function of one argument."""
 
     def draw(rng: random.Random) -> tuple[Fields, str]:
         text = argument(rng)
