@@ -1,10 +1,10 @@
-"""The bake-off on the demo's base and experts: exact answers, five experts of unequal ranks.
+"""The bake-off on the demo's base and its five experts of unequal ranks, by exact answers and by loss.
 
     python benchmarks/bakeoff_demo.py --out runs/bakeoff_demo                  # every method, one seed
     python benchmarks/bakeoff_demo.py --out runs/bakeoff_demo --set "seeds=[0, 1, 2]"
 
-Writes the demo's questions as JSON lines, and the settings beside them; then the same as
-`peft-moe bakeoff <out>/bakeoff.yaml --out <out>`. Started again, it goes on where it stopped.
+The script writes the demo's questions as JSON lines and a settings file, and then runs
+`peft-moe bakeoff <out>/bakeoff.yaml --out <out>`. A second run continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAIN, TEST = 5000, 100
 
 
 def write_settings(out: Path, train: int = TRAIN, test: int = TEST) -> Path:
-    """Questions and settings; seeds of the draws are fixed, so that a second run finds the same texts."""
+    """Write questions and settings. The seeds of the draws are fixed: a second run has the same texts."""
     data = out / "data"
     for name in EXPERTS:
         _write(data / name, [name], train, test)
@@ -41,8 +41,8 @@ def write_settings(out: Path, train: int = TRAIN, test: int = TEST) -> Path:
             "mixed_per_pair": 5,
         },
         "train": {"steps": 150, "batch_size": 32, "learning_rate": 1.0e-2, "max_length": None},
-        # Each expert had 500 steps of 2,048 tokens, half of them questions of its own skill, about 32; as
-        # many for all five are width.steps=2500, an hour.
+        # Each expert had 500 steps of 2,048 tokens; half of a step was about 32 questions of its own skill.
+        # The same number for all five experts is width.steps=2500, which takes an hour.
         "width": {"steps": 0, "batch_size": 32, "learning_rate": 2.0e-3},
         "score": {"measures": ["exact", "loss"], "batch_size": 64, "max_length": None},
     }
@@ -54,8 +54,8 @@ def write_settings(out: Path, train: int = TRAIN, test: int = TEST) -> Path:
 def _write(folder: Path, skills: tuple[str, ...] | list[str], train: int, test: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, count, seed in (("train", train, 0), ("test", test, 1000)):
-        each = -(-count // len(skills))
-        samples = [s for name in skills for s in generate(name, each, seed, split)]
+        per_skill = -(-count // len(skills))
+        samples = [s for name in skills for s in generate(name, per_skill, seed, split)]
         if samples:
             write_jsonl(folder / f"{split}.jsonl", samples)
 

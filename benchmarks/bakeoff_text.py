@@ -1,12 +1,12 @@
-"""The bake-off on real text: six LoRA experts of equal rank on one small base, losses.
+"""The bake-off on real text: six LoRA experts of equal rank on one small base, by loss.
 
     PEFT_MOE_DATA=../shared/data bash recipes/text/run.sh          # trains base and experts, once
     python benchmarks/bakeoff_text.py --runs runs/text --out runs/bakeoff_text
     python benchmarks/bakeoff_text.py --runs runs/text --out runs/bakeoff_text --set "seeds=[0, 1, 2]"
 
-`general` has no expert and is trained on as "none of them"; `science` has none and stays unseen. Writes
-the settings, and then does the same as `peft-moe bakeoff <out>/bakeoff.yaml --out <out>`. Started again,
-it goes on where it stopped.
+`general` has no expert; routers train on it as text of no expert. `science` has no expert and stays unseen.
+The script writes the settings, and then runs `peft-moe bakeoff <out>/bakeoff.yaml --out <out>`. A second run
+continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_settings(runs: Path, out: Path) -> Path:
         "unseen": ["science"],
         "texts": {"train_records": 150, "test_records": 40, "mixed_per_pair": 2, "mixed_chars": 300},
         "train": {"steps": 100, "batch_size": 8, "learning_rate": 5.0e-3, "max_length": 256, "bf16": True},
-        # Six experts had 500 steps of 4 each; width.steps=3000 is as many, and most of an hour.
+        # Six experts had 500 steps of 4 texts each; width.steps=3000 is the same, and takes most of an hour.
         "width": {"steps": 0, "batch_size": 4, "learning_rate": 2.0e-3},
         "score": {"measures": ["loss"], "batch_size": 16, "max_length": 512},
     }

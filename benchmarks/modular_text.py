@@ -4,11 +4,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.modular_text --runs runs/text --out runs/modular_text
     python -m benchmarks.modular_text --out runs/modular_text --publish 2026-11-26-modular-experts
 
-The paper distils a large model into one expert per language behind a sequence classifier, and compares
-pre-trained experts with a router (PLE), experts and router trained together (JEET), and a common expert
-beside them (MoE-CE); fixed and adaptive weights of the two losses; and what is forgotten. Here every way
-trains the same number of steps on the same number of texts per domain. Started again, it goes on where it
-stopped.
+The paper distils a large model into one expert per language behind a sequence classifier. It compares
+pre-trained experts with a router (PLE), experts and router trained together (JEET), and an additional common
+expert (MoE-CE); fixed and adaptive weights of the two losses; and forgetting. Here every method trains the
+same number of steps on the same number of texts per domain. A second run continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from peft_moe.fitting import fit_router
 from peft_moe.routing.controls import use_experts, use_gates
 from peft_moe.training.stages import set_stage, write_fresh_experts
 
-# The base has read the first in full and a quarter of each other one.
+# The base was trained on all of the first folder and on a quarter of each other folder.
 FOLDERS = {
     "english": ("general", "medicine", "law"),
     "french": ("french",),
@@ -45,7 +44,7 @@ FOLDERS = {
 DOMAINS = tuple(FOLDERS)
 TEACHERS = ("math", "code", "medicine", "law", "german", "french")
 NO_EXPERT = ("general", "science")
-# Logistic regression's answers for a prompt, or for a whole text as the paper's corpora are.
+# Logistic regression classifies prompts, or complete texts as in the paper's corpora.
 READS = ("prompt", "text")
 CLAIMED = 0.9995
 
@@ -84,7 +83,7 @@ class Modular:
         return {d: papers.read(data, parts, d, split, count, seed) for d, parts in FOLDERS.items()}
 
     def run(self) -> None:
-        """All cells."""
+        """Make all cells."""
         for reads in READS:
             self.cells.run(f"tf-idf {reads}", self.seed, lambda reads=reads: self._tf_idf(reads))
             self.cells.run(f"classifier {reads}", self.seed, lambda reads=reads: self._classifier(reads))
@@ -93,9 +92,9 @@ class Modular:
         self._joint("MoE-CE", {"shared_experts": ["common"]})
         self._joint("JEET + KD, fixed", {"distillation_coef": 1.0})
         self._joint("JEET + KD, adaptive", {"distillation_coef": 1.0, "distillation_adaptive": True})
-        one = {"router": "uniform"}
-        self._staged("one LoRA", ("one",), one, "all")
-        self.cells.run("one LoRA, balanced", self.seed, lambda: self._balanced(one))
+        uniform = {"router": "uniform"}
+        self._staged("one LoRA", ("one",), uniform, "all")
+        self.cells.run("one LoRA, balanced", self.seed, lambda: self._balanced(uniform))
 
     def score(self, model: Any) -> Any:
         return papers.scores_of(model.eval(), self.tokenizer, self.test, self.plan.max_length)
@@ -107,9 +106,9 @@ class Modular:
         names: tuple[str, ...],
         fields: dict[str, Any],
         rank: int | None = None,
-        known: list[Sample] | None = None,
+        labelled: list[Sample] | None = None,
     ) -> Any:
-        """Fresh experts that train, behind a router that was solved from the prompts."""
+        """Build trainable fresh experts behind a router that is fitted to the prompts."""
         base, plan = papers.load(self.runs / "base"), self.plan
         rank = rank or plan.rank
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=FFN + ATTENTION, task_type="CAUSAL_LM")
@@ -118,7 +117,7 @@ class Modular:
         config = MoLoraConfig(experts=sources, task_type="CAUSAL_LM", train_experts=True, **fields)
         model = get_peft_model(base, config)
         if fields["router"] == "classifier":
-            fit_router(model, known or self.prompts, self.tokenizer, progress=False)
+            fit_router(model, labelled or self.prompts, self.tokenizer, progress=False)
         return model
 
     def _fit(self, model: Any, domains: Any, steps: int, batch_size: int, **options: Any) -> None:
@@ -131,7 +130,7 @@ class Modular:
         )  # fmt: skip
 
     def _teacher(self) -> Any:
-        """The six experts of the text recipe, trained longer, behind least squares on the prompts."""
+        """Build the teacher: the text recipe's six experts, trained longer, behind a ridge router."""
         names = {name: str(self.runs / name) for name in TEACHERS}
         config = MoLoraConfig(experts=names, router="ridge", task_type="CAUSAL_LM", allow_base_mismatch=True)
         model = get_peft_model(papers.load(self.runs / "base"), config)
@@ -143,7 +142,7 @@ class Modular:
     # -- cells ---------------------------------------------------------------------------------------
 
     def _staged(self, name: str, names: tuple[str, ...], fields: dict[str, Any], trains: str) -> None:
-        """One domain after the other; every stage is a cell, made in one go."""
+        """Train one domain after the other. Every stage is a cell; all stages are made in one run."""
         ends = [f"{name}, sequential, stage {n}" for n in range(1, len(DOMAINS) + 1)]
         if all(self.cells.has(end, self.seed) for end in ends):
             return
@@ -169,20 +168,20 @@ class Modular:
         return scores
 
     def _joint(self, name: str, fields: dict[str, Any]) -> None:
-        """Experts and router in one session, equal shares of all domains in every step."""
+        """Train experts and router together, with equal shares of all domains in every step."""
         common = fields.get("shared_experts", [])
 
         def make() -> dict[str, Any]:
-            both = {"router": "classifier", "router_label_loss_coef": 1.0} | fields
-            model = self._mixture((*DOMAINS, *common), both)
+            joint = {"router": "classifier", "router_label_loss_coef": 1.0} | fields
+            model = self._mixture((*DOMAINS, *common), joint)
             options = {"teacher": self._teacher()} if "distillation_coef" in fields else {}
             size = self.plan.batch_size * len(DOMAINS)
             self._fit(model, DOMAINS, self.plan.steps, size, balanced_domains=True, **options)
-            found = {"scores": self.score(model)}
+            result = {"scores": self.score(model)}
             if common:
                 with use_experts(*DOMAINS):
-                    found["without"] = self.score(model)
-            return found
+                    result["without"] = self.score(model)
+            return result
 
         self.cells.run(name, self.seed, make)
         if not common:
@@ -196,32 +195,32 @@ class Modular:
         self._fit(model, DOMAINS, self.plan.steps * len(DOMAINS), self.plan.batch_size, balanced_domains=True)
         return {"scores": self.score(model)}
 
-    # -- who is it? ----------------------------------------------------------------------------------
+    # -- classification ------------------------------------------------------------------------------
 
     def _labelled(self, reads: str) -> tuple[list[Sample], list[Sample]]:
         test = self._texts("test", self.plan.classified, 0)
-        rows = [row for found in test.values() for row in found]
+        rows = [row for samples in test.values() for row in samples]
         return [_read_as(r, reads) for r in self.prompts], [_read_as(r, reads) for r in rows]
 
     def _tf_idf(self, reads: str) -> dict[str, Any]:
-        known, rows = self._labelled(reads)
+        labelled, rows = self._labelled(reads)
         model = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
-        model.fit([r["prompt"] for r in known], [r["domain"] for r in known])
-        found = [str(name) for name in model.predict([r["prompt"] for r in rows])]
-        return {"true": [r["domain"] for r in rows], "found": found}
+        model.fit([r["prompt"] for r in labelled], [r["domain"] for r in labelled])
+        predicted = [str(name) for name in model.predict([r["prompt"] for r in rows])]
+        return {"true": [r["domain"] for r in rows], "found": predicted}
 
     def _classifier(self, reads: str) -> dict[str, Any]:
-        known, rows = self._labelled(reads)
-        known = [_cut(r, self.tokenizer, self.plan.max_length) for r in known]
-        model = self._mixture(DOMAINS, {"router": "classifier"}, known=known)
-        found = []
+        labelled, rows = self._labelled(reads)
+        labelled = [_cut(r, self.tokenizer, self.plan.max_length) for r in labelled]
+        model = self._mixture(DOMAINS, {"router": "classifier"}, labelled=labelled)
+        predicted = []
         for row in rows:
             ids = self.tokenizer(row["prompt"], return_tensors="pt").input_ids[:, : self.plan.max_length]
             with torch.no_grad(), record_routing() as record:
                 model.eval()(input_ids=ids)
             (decision,) = record.decisions.values()
-            found.append(DOMAINS[int(decision.logits.flatten().argmax())])
-        return {"true": [r["domain"] for r in rows], "found": found}
+            predicted.append(DOMAINS[int(decision.logits.flatten().argmax())])
+        return {"true": [r["domain"] for r in rows], "found": predicted}
 
 
 def _read_as(row: Sample, reads: str) -> Sample:
@@ -241,32 +240,32 @@ PLE, LAST = (f"{name}, sequential, stage {len(DOMAINS)}" for name in ("MoE", "on
 
 
 def rates(cells: list[dict[str, Any]], method: str, draws: int = 1000) -> tuple[list[list[float]], Any]:
-    """Precision, recall and F1 of each domain and the mean, in %, and the mean F1 with its interval."""
-    rng, found = np.random.default_rng(0), [c for c in cells if c["method"] == method]
-    true, said = (np.array([c[key] for c in found]) for key in ("true", "found"))
+    """Return precision, recall and F1 of each domain and their mean, and the mean F1 with its interval."""
+    rng, of_method = np.random.default_rng(0), [c for c in cells if c["method"] == method]
+    true, predicted = (np.array([c[key] for c in of_method]) for key in ("true", "found"))
 
-    def of(index: Any) -> Any:
-        return np.mean([_each(true[s][index], said[s][index]) for s in range(len(found))], axis=0)
+    def rates_on(index: Any) -> Any:
+        return np.mean([_each(t[index], p[index]) for t, p in zip(true, predicted, strict=True)], axis=0)
 
     rows = true.shape[1]
-    drawn = [of(rng.integers(0, rows, rows))[:, 2].mean() for _ in range(draws)]
-    table = of(np.arange(rows))
-    whole = [*table.tolist(), table.mean(axis=0).tolist()]
-    return whole, estimate(np.array([table[:, 2].mean(), *drawn]))
+    drawn = [rates_on(rng.integers(0, rows, rows))[:, 2].mean() for _ in range(draws)]
+    table = rates_on(np.arange(rows))
+    with_mean = [*table.tolist(), table.mean(axis=0).tolist()]
+    return with_mean, estimate(np.array([table[:, 2].mean(), *drawn]))
 
 
-def _each(true: Any, said: Any) -> Any:
-    p, r, f, _ = precision_recall_fscore_support(true, said, labels=list(DOMAINS), zero_division=0.0)
+def _each(true: Any, predicted: Any) -> Any:
+    p, r, f, _ = precision_recall_fscore_support(true, predicted, labels=list(DOMAINS), zero_division=0.0)
     return np.stack([p, r, f], axis=1)
 
 
 def reaches(e: Any) -> str:
-    """Of the claim that the mean F1 is 99.95 %: within the interval, or below it."""
+    """Judge the claim that the mean F1 reaches 99.95 %."""
     return HELD if e.value >= CLAIMED else NOT if e.high < CLAIMED else OPEN
 
 
 def forgotten(figures: Figures, name: str) -> Any:
-    """Mean over all domains but the last: the loss at the end, less that right after the own stage."""
+    """Return the final loss minus that right after a domain's stage, mean over all but the last domain."""
     end = f"{name}, sequential, stage {len(DOMAINS)}"
     parts = [
         figures.losses(end, d) - figures.losses(f"{name}, sequential, stage {n}", d)
@@ -276,57 +275,57 @@ def forgotten(figures: Figures, name: str) -> Any:
 
 
 def claims(figures: Figures, cells: list[dict[str, Any]]) -> Claims:
-    """All from the figures."""
-    found = Claims()
+    """Judge all claims from the figures."""
+    verdicts = Claims()
 
-    def gain(one: str, other: str) -> Estimate:
-        return figures.estimate(figures.shares(one, ORACLE) - figures.shares(other, ORACLE))
+    def gain(method: str, other: str) -> Estimate:
+        return figures.estimate(figures.shares(method, ORACLE) - figures.shares(other, ORACLE))
 
-    def less(one: str, other: str, domains: tuple[str, ...] = DOMAINS) -> Estimate:
-        return figures.estimate(figures.means(other, domains) - figures.means(one, domains))
+    def less(method: str, other: str, domains: tuple[str, ...] = DOMAINS) -> Estimate:
+        return figures.estimate(figures.means(other, domains) - figures.means(method, domains))
 
-    for kind, what in (("tf-idf", "TF-IDF with logistic regression"), ("classifier", "Our router")):
-        found.add(
-            f"{what} tells the languages apart with {100 * CLAIMED:.2f} % F1",
+    for kind, title in (("tf-idf", "TF-IDF with logistic regression"), ("classifier", "Our router")):
+        verdicts.add(
+            f"{title} tells the languages apart with {100 * CLAIMED:.2f} % F1",
             {f"from the {reads}": rates(cells, f"{kind} {reads}")[1] for reads in READS},
             reaches, papers.percent,
         )  # fmt: skip
     both, off = {"PLE": PLE, "JEET": "JEET"}, "MoE-CE, common off"
-    found.add("PLE and JEET are alike", {"PLE less JEET": gain(PLE, "JEET")}, papers.alike, papers.points)
-    found.add(
+    verdicts.add("PLE and JEET are alike", {"PLE less JEET": gain(PLE, "JEET")}, papers.alike, papers.points)
+    verdicts.add(
         "Both are better than MoE-CE without its common expert",
-        {name: less(one, off) for name, one in both.items()},
+        {name: less(method, off) for name, method in both.items()},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "With its common expert MoE-CE comes close to both",
-        {f"MoE-CE less {name}": gain("MoE-CE", one) for name, one in both.items()},
+        {f"MoE-CE less {name}": gain("MoE-CE", method) for name, method in both.items()},
         papers.no_worse, papers.points,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Adaptive α is like fixed α",
         {"adaptive less fixed": gain("JEET + KD, adaptive", "JEET + KD, fixed")},
         papers.alike, papers.points,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Distillation helps at equal steps: less loss than JEET",
         {a: less(f"JEET + KD, {a}", "JEET") for a in ("fixed", "adaptive")},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.leave(
+    verdicts.leave(
         "Both losses at once beat alternating between them", "the trainer has no schedule that alternates"
     )
-    found.add(
+    verdicts.add(
         "One model that learns domain after domain forgets",
         {"forgotten": figures.estimate(forgotten(figures, "one LoRA"))},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Balanced batches prevent it: less loss on all domains but the last, in as many steps",
         {"one after the other less balanced": less("one LoRA, balanced", LAST, DOMAINS[:-1])},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    # What was never learnt cannot be forgotten.
+    # Only what was learnt can be forgotten.
     learnt = figures.estimate(
         np.mean(
             [
@@ -337,17 +336,17 @@ def claims(figures: Figures, cells: list[dict[str, Any]]) -> Claims:
         )
     )
     lost, gained = forgotten(figures, "MoE"), figures.means("base") - figures.means("own expert")
-    found.add(
+    verdicts.add(
         f"A mixture prevents it: it forgets less than {100 * papers.MARGIN:.0f} points of the oracle's gain "
         f"(decidable if it had learnt something: {papers.nats(learnt)} nats)",
         {"less what was forgotten": figures.estimate(-lost / gained)},
         lambda e: papers.no_worse(e) if papers.above_zero(learnt) == HELD else OPEN, papers.points,
     )  # fmt: skip
-    return found
+    return verdicts
 
 
 def rate_table(cells: list[dict[str, Any]]) -> list[str]:
-    """Precision, recall and F1 of every classifier and domain."""
+    """Return precision, recall and F1 of every classifier and domain as a table."""
     lines = [
         "| classifier | reads | " + " | ".join(f"{d} P / R / F1" for d in (*DOMAINS, "mean")) + " |",
         "|---|---|" + "---:|" * (len(DOMAINS) + 1),
@@ -355,8 +354,8 @@ def rate_table(cells: list[dict[str, Any]]) -> list[str]:
     for kind in ("tf-idf", "classifier"):
         for reads in READS:
             table, _ = rates(cells, f"{kind} {reads}")
-            shown = [" / ".join(f"{100 * value:.2f}" for value in row) for row in table]
-            lines.append(f"| {kind} | {reads} | " + " | ".join(shown) + " |")
+            texts = [" / ".join(f"{100 * value:.2f}" for value in row) for row in table]
+            lines.append(f"| {kind} | {reads} | " + " | ".join(texts) + " |")
     return lines
 
 

@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.paper_mixing --runs runs/text --out runs/paper_mixing
     python -m benchmarks.paper_mixing --out runs/paper_mixing --publish 2026-11-26-paper-mixing
 
-The paper mixes trained models: the feed-forward networks of each, behind a gate, in the place of those of a
-base. Here every domain has a full fine-tuned model and a LoRA adapter, trained alike for each seed. Mixed are
-the models' networks (FFN), the adapters per linear layer (LoRA), and the adapters at the output of each
-network (LoRA-FFN): gate-less, with the noisy gate, with trained routers, of 2 and of 4 experts. Started
-again, it goes on where it stopped.
+The paper mixes trained models: their feed-forward networks, behind a gate, replace those of a base. Here
+every domain has a fully fine-tuned model and a LoRA adapter, trained alike for each seed. There are three
+kinds of mixture: of the models' networks (FFN), of the adapters per linear layer (LoRA), and of the adapters
+at the output of each network (LoRA-FFN). Each is gate-less, has the noisy gate, or has a trained router, over
+2 and over 4 experts. A second run continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from peft_moe.routing.controls import use_gates
 DOMAINS = ("math", "code", "medicine", "law")
 FEW = {2: DOMAINS[:2], 4: DOMAINS}
 OTHER = "general"
-# The paper's noisy gate is a fixed linear one with random weights in front of a top-k.
+# The paper's noisy gate is a fixed linear gate with random weights, followed by a top-k.
 GATES: dict[str, dict[str, Any]] = {
     "gate-less": {"router": "uniform"},
     "noisy": {"router": "random"},
@@ -44,7 +44,7 @@ KINDS = {"FFN": "dense", "LoRA": "adapter", "LoRA-FFN": "adapter"}
 
 @dataclass
 class Plan:
-    """Sizes of a run; steps of batches of ``batch_size`` texts of at most ``max_length`` tokens."""
+    """Sizes of a run. A step has ``batch_size`` texts of at most ``max_length`` tokens."""
 
     expert_steps: int = 100
     router_steps: int = 40
@@ -82,9 +82,9 @@ class Mixing:
         }
 
     def run(self) -> None:
-        """All cells."""
+        """Make all cells."""
         for number, domain in enumerate(DOMAINS):
-            # Another order and start for each expert: with one seed their `lora_A` would start equal.
+            # Each expert has its own seed; otherwise all `lora_A` would start equal.
             self._expert("full", domain, 100 * self.seed + number)
             self._expert("adapter", domain, 100 * self.seed + 50 + number)
         self._dense(self.base, DOMAINS, "base")
@@ -93,12 +93,12 @@ class Mixing:
             for kind in KINDS:
                 for gate, fields in GATES.items():
                     self._mixture(f"{kind}/{gate}/{count}", kind, domains, fields, gate == "trained")
-            more = GATES["trained"] | {"modules_to_save": ATTENTION}
-            self._mixture(f"FFN/trained+attention/{count}", "FFN", domains, more, True)
+            fields = GATES["trained"] | {"modules_to_save": ATTENTION}
+            self._mixture(f"FFN/trained+attention/{count}", "FFN", domains, fields, True)
         for domain in DOMAINS:
             others = [d for d in DOMAINS if d != domain]
             self._dense(self.home / "full" / domain, others, domain)
-            # What serves as the base is an expert as well: the choice that changes nothing.
+            # The model that serves as the base is an expert as well: the null expert, which changes nothing.
             fields = GATES["gate-less"] | {"null_expert": True}
             self._mixture(f"FFN on {domain}/gate-less/4", "FFN", others, fields, False, domain)
 
@@ -132,19 +132,19 @@ class Mixing:
         self.cells.run(f"{kind} {domain}", self.seed, make)
 
     def _dense(self, base: Path, domains: tuple[str, ...] | list[str], name: str) -> None:
-        """All that the models' feed-forward networks differ in from those of ``base``."""
+        """Extract the full difference between the models' feed-forward networks and those of ``base``."""
 
         def save(folder: Path, domain: str) -> None:
-            full, only = self.home / "full" / domain, {"dense": True, "target_modules": FFN}
+            full, options = self.home / "full" / domain, {"dense": True, "target_modules": FFN}
             with warnings.catch_warnings():
                 warnings.filterwarnings(
                     "ignore", message=".*which the adapter leaves out"
-                )  # as the paper does
-                extract_adapter(base, full, folder, **only, progress=False, overwrite=True)  # type: ignore[arg-type]
+                )  # the paper leaves out the same layers
+                extract_adapter(base, full, folder, **options, progress=False, overwrite=True)  # type: ignore[arg-type]
 
         for domain in domains:
-            place = self.home / "dense" / name / domain
-            papers.in_place(place, lambda folder, domain=domain: save(folder, domain))
+            target = self.home / "dense" / name / domain
+            papers.in_place(target, lambda folder, domain=domain: save(folder, domain))
 
     def _mixed(self, kind: str, domains: Any, fields: Mapping[str, Any], base: str = "base") -> PeftModel:
         dense = KINDS[kind] == "dense"
@@ -167,8 +167,8 @@ class Mixing:
         def make() -> dict[str, Any]:
             model = self._mixed(kind, domains, fields, base)
             if trains:
-                each = plan.router_steps * plan.batch_size // len(domains)
-                rows = [row for d in domains for row in self.train[d][:each]]
+                per_domain = plan.router_steps * plan.batch_size // len(domains)
+                rows = [row for d in domains for row in self.train[d][:per_domain]]
                 rate = plan.attention_rate if "modules_to_save" in fields else plan.router_rate
                 self._fit(model, "mixture", rows, plan.router_steps, rate, self.seed)
             return self.score(model)
@@ -176,7 +176,7 @@ class Mixing:
         self.cells.run(name, self.seed, make)
 
     def _oracle(self) -> dict[str, Any]:
-        """Each domain by its own model's networks in the base: what perfect gates would reach."""
+        """Score each domain with its own model's networks in the base, as perfect gates would select them."""
         model = self._mixed("FFN", DOMAINS, GATES["gate-less"]).eval()
         scores: Scores = {}
         for domain, rows in self.test.items():
@@ -189,41 +189,41 @@ class Mixing:
 
 
 def oracle_of(method: str) -> dict[str, str]:
-    """What a method's gain is measured by: each domain's own model, or its own adapter."""
+    """Return a method's oracle: each domain's own model, or its own adapter."""
     kind = "adapter" if method.startswith(("LoRA", "adapter")) else "full"
     return {d: f"{kind} {d}" for d in DOMAINS}
 
 
 def mixes(figures: Figures) -> list[str]:
-    """All mixtures, without the oracle."""
+    """Return all mixtures but the oracle."""
     return [method for method in figures.scores if method.endswith(tuple(f"/{count}" for count in FEW))]
 
 
-class Compared:
+class Differences:
     """Differences between methods, as estimates."""
 
     def __init__(self, figures: Figures) -> None:
         self.figures = figures
 
     def gain(self, method: str, other: str) -> Estimate:
-        """How much more of the oracle's gain a method keeps, over its experts' domains."""
+        """Return by how much a method's share of the oracle's gain is larger, over its experts' domains."""
         domains, figures = FEW[int(method[-1])], self.figures
-        one, two = (figures.shares(m, oracle_of(m), domains=domains) for m in (method, other))
-        return figures.estimate(one - two)
+        shares, other_shares = (figures.shares(m, oracle_of(m), domains=domains) for m in (method, other))
+        return figures.estimate(shares - other_shares)
 
     def less(self, method: str, other: str, domains: Sequence[str] = DOMAINS) -> Estimate:
-        """By how many nats a method's loss is below another's."""
+        """Return by how many nats a method's loss is below another's."""
         return self.figures.estimate(self.figures.means(other, domains) - self.figures.means(method, domains))
 
     def of_perfect(self, gate: str, count: int) -> Estimate:
-        """What FFN mixing keeps of its own perfect gates' gain, less what LoRA mixing keeps of its."""
+        """Return the share of its perfect gates' gain that FFN mixing keeps, minus that of LoRA mixing."""
         figures, domains = self.figures, FEW[count]
         ffn = figures.shares(f"FFN/{gate}/{count}", dict.fromkeys(DOMAINS, "FFN/oracle"), domains=domains)
         lora = figures.shares(f"LoRA/{gate}/{count}", oracle_of("LoRA"), domains=domains)
         return figures.estimate(ffn - lora)
 
     def mainly_math(self, kind: str, count: int) -> Estimate:
-        """What training gains on mathematics, less what it gains on the mean of the other domains."""
+        """Return the gain of training on mathematics minus its mean gain on the other domains."""
         parts = {
             d: self.figures.losses(f"{kind}/gate-less/{count}", d)
             - self.figures.losses(f"{kind}/trained/{count}", d)
@@ -233,84 +233,87 @@ class Compared:
         return self.figures.estimate(parts["math"] - sum(others) / len(others))
 
     def best(self, domains: Sequence[str] = DOMAINS) -> str:
-        """The mixture with the least loss."""
+        """Return the mixture with the lowest loss."""
         return min(mixes(self.figures), key=lambda m: self.figures.means(m, domains)[0].mean())
 
 
 def claims(figures: Figures) -> Claims:
-    """All from the figures."""
-    found, on = Claims(), Compared(figures)
+    """Judge all claims from the figures."""
+    verdicts, compare = Claims(), Differences(figures)
     pairs = [(kind, count) for kind in KINDS for count in FEW]
     gated = [(gate, count) for gate in GATES for count in FEW]
-    found.add(
+    verdicts.add(
         "Gate-less is highly competitive: no worse than the noisy gate",
-        {f"{k}, {c}": on.gain(f"{k}/gate-less/{c}", f"{k}/noisy/{c}") for k, c in pairs},
+        {f"{k}, {c}": compare.gain(f"{k}/gate-less/{c}", f"{k}/noisy/{c}") for k, c in pairs},
         papers.no_worse, papers.points,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "… and no worse than a trained router",
-        {f"{k}, {c}": on.gain(f"{k}/gate-less/{c}", f"{k}/trained/{c}") for k, c in pairs},
+        {f"{k}, {c}": compare.gain(f"{k}/gate-less/{c}", f"{k}/trained/{c}") for k, c in pairs},
         papers.no_worse, papers.points,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Training the router helps mainly on mathematics: the gain there, less the mean of the others",
-        {f"{k}, {c}": on.mainly_math(k, c) for k, c in pairs},
+        {f"{k}, {c}": compare.mainly_math(k, c) for k, c in pairs},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Gate-less is for few experts: 4 lose some of what 2 keep, on the domains of the 2",
-        {k: on.less(f"{k}/gate-less/2", f"{k}/gate-less/4", FEW[2]) for k in KINDS},
+        {k: compare.less(f"{k}/gate-less/2", f"{k}/gate-less/4", FEW[2]) for k in KINDS},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Mixing FFN layers of models is better than mixing LoRA adapters: less loss",
-        {f"{g}, {c}": on.less(f"FFN/{g}/{c}", f"LoRA/{g}/{c}", FEW[c]) for g, c in gated},
+        {f"{g}, {c}": compare.less(f"FFN/{g}/{c}", f"LoRA/{g}/{c}", FEW[c]) for g, c in gated},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "… it keeps more of what perfect gates over the same experts would gain",
-        {f"{g}, {c}": on.of_perfect(g, c) for g, c in gated},
+        {f"{g}, {c}": compare.of_perfect(g, c) for g, c in gated},
         papers.above_zero, papers.points,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "… the same adapters: at the output of each FFN is better than per linear layer",
-        {f"{g}, {c}": on.less(f"LoRA-FFN/{g}/{c}", f"LoRA/{g}/{c}", FEW[c]) for g, c in gated},
+        {f"{g}, {c}": compare.less(f"LoRA-FFN/{g}/{c}", f"LoRA/{g}/{c}", FEW[c]) for g, c in gated},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    own = {d: f"FFN on {d}/gate-less/4" for d in DOMAINS}
-    found.add(
+    own_base = {d: f"FFN on {d}/gate-less/4" for d in DOMAINS}
+    verdicts.add(
         "The base matters: on a domain its own model is a better base than every other expert",
-        {f"{d}, against {o}": on.less(own[d], own[o], [d]) for d in DOMAINS for o in DOMAINS if o != d},
+        {
+            f"{d}, against {o}": compare.less(own_base[d], own_base[o], [d])
+            for d in DOMAINS for o in DOMAINS if o != d
+        },
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "… and a better one than the plain base",
-        {d: on.less(own[d], "FFN/gate-less/4", [d]) for d in DOMAINS},
+        {d: compare.less(own_base[d], "FFN/gate-less/4", [d]) for d in DOMAINS},
         papers.above_zero, papers.nats,
     )  # fmt: skip
     single = ["base", *(f"{kind} {d}" for kind in ("full", "adapter") for d in DOMAINS)]
-    best, each = on.best(), {d: on.best([d]) for d in DOMAINS}
-    found.add(
+    best, best_on = compare.best(), {d: compare.best([d]) for d in DOMAINS}
+    verdicts.add(
         f"Some mix beats all baselines over the domains: `{best}`, the best by this test, which favours it",
-        {m: on.less(best, m) for m in single},
+        {m: compare.less(best, m) for m in single},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Some mix beats a domain's own model on its domain (again the best by this test)",
-        {f"{d}, `{m}`": on.less(m, f"full {d}", [d]) for d, m in each.items()},
+        {f"{d}, `{m}`": compare.less(m, f"full {d}", [d]) for d, m in best_on.items()},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "A validation is needed to select the mix: on each domain another one is better than the best of all",
-        {f"{d}, `{m}`": on.less(m, best, [d]) for d, m in each.items() if m != best},
+        {f"{d}, `{m}`": compare.less(m, best, [d]) for d, m in best_on.items() if m != best},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    found.add(
+    verdicts.add(
         "Training attention beside the router is of use: less loss than with the router alone",
-        {f"{c}": on.less(f"FFN/trained+attention/{c}", f"FFN/trained/{c}", FEW[c]) for c in FEW},
+        {f"{c}": compare.less(f"FFN/trained+attention/{c}", f"FFN/trained/{c}", FEW[c]) for c in FEW},
         papers.above_zero, papers.nats,
     )  # fmt: skip
-    return found
+    return verdicts
 
 
 def page(cells: Cells, plan: Plan, stem: str, folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""What the reproductions of papers share: text, training, scores that are kept, intervals and verdicts.
+"""The common part of the paper reproductions: texts, training, stored scores, intervals and verdicts.
 
-A finished cell is one line of ``cells.jsonl`` in ``--out``; a run that is started again skips it. A cell
-holds, for every held-out record, its summed loss in nats and its tokens, so that all else is computed later.
+A cell is the result of one method and seed: one line of ``cells.jsonl`` in ``--out``. A second run skips
+finished cells. A cell holds the summed loss in nats and the tokens of every held-out record; all figures are
+computed from these.
 
 Letters: D bootstrap draws, S seeds, N records.
 """
@@ -42,7 +43,7 @@ FFN = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 HELD, NOT, OPEN = "held", "did not hold", "not decidable here"
 UNTESTED = "not tested"
-# What counts as no difference: this share of the oracle's gain over the base.
+# Differences below this share of the oracle's gain over the base count as none.
 MARGIN = 0.10
 
 
@@ -50,7 +51,7 @@ MARGIN = 0.10
 
 
 def read(data: Path, folders: Sequence[str], domain: str, split: str, count: int, seed: int) -> list[Sample]:
-    """``count`` records of a domain, from its folders in turn."""
+    """Read ``count`` records of a domain, from its folders in turn."""
     parts = []
     for folder in folders:
         rows = load_text_dataset(data / folder / f"{split}.jsonl").shuffle(seed=seed)
@@ -60,20 +61,20 @@ def read(data: Path, folders: Sequence[str], domain: str, split: str, count: int
 
 
 def load(folder: str | Path) -> Any:
-    """A causal language model in float32."""
+    """Load a causal language model in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def fresh_lora(base: Any, rank: int) -> Any:
-    """A LoRA of all linear layers, as text_expert.yaml has it: alpha is twice the rank."""
+    """Add a LoRA to all linear layers as in text_expert.yaml, with alpha at twice the rank."""
     return get_peft_model(
         base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=FFN + ATTENTION, task_type="CAUSAL_LM")
     )
 
 
 def scores_of(model: Any, tokenizer: Any, texts: Mapping[str, list[Sample]], length: int) -> Scores:
-    """Summed loss and tokens of every record's completion, by domain."""
-    found: Scores = {}
+    """Return the summed loss and the tokens of every record's completion, by domain."""
+    scores: Scores = {}
     for domain, rows in texts.items():
         turns = score_texts(
             model,
@@ -82,12 +83,12 @@ def scores_of(model: Any, tokenizer: Any, texts: Mapping[str, list[Sample]], len
             batch_size=16,
             max_length=length,
         )
-        found[domain] = [(turn.nll, turn.tokens) for (turn,) in turns]
-    return found
+        scores[domain] = [(turn.nll, turn.tokens) for (turn,) in turns]
+    return scores
 
 
 def losses_of(scores: Scores) -> dict[str, float]:
-    """Nats per token of every domain."""
+    """Return the loss of every domain in nats per token."""
     return {d: sum(nll for nll, _ in s) / sum(tokens for _, tokens in s) for d, s in scores.items()}
 
 
@@ -101,13 +102,13 @@ class Cells:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "cells.jsonl"
         lines = self.path.read_text().split("\n") if self.path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # the last one may be torn
-        self.done: list[dict[str, Any]] = [json.loads(line) for line in whole]
+        complete = [line for line in lines if line.endswith("}")]  # the last line may be cut off
+        self.done: list[dict[str, Any]] = [json.loads(line) for line in complete]
         if self.path.exists():
-            self.path.write_text("".join(line + "\n" for line in whole))
+            self.path.write_text("".join(line + "\n" for line in complete))
 
     def check(self, plan: dict[str, Any]) -> None:
-        """Refuse to go on with a run of other sizes."""
+        """Refuse to continue a run with another plan."""
         path = self.path.with_name("plan.json")
         if path.exists() and json.loads(path.read_text()) != plan:
             raise SystemExit(f"{path} has other sizes than {plan}; give another --out")
@@ -117,17 +118,17 @@ class Cells:
         return any(c["method"] == method and c["seed"] == seed for c in self.done)
 
     def run(self, method: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
-        """Make a cell unless it is there; its torch seed is ``seed``."""
+        """Make a cell unless it exists, with ``seed`` as torch's seed."""
         if self.has(method, seed):
             return
         set_seed(seed)
         wall, cpu = time.time(), time.process_time()
-        found = make()
-        took = {"seconds": round(time.time() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
-        self.add({"method": method, "seed": seed} | found | took)
+        result = make()
+        times = {"seconds": round(time.time() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
+        self.add({"method": method, "seed": seed} | result | times)
 
     def drop(self, methods: Sequence[str], seed: int) -> None:
-        """Forget cells that can only be made together."""
+        """Remove cells that can only be made together."""
         self.done = [c for c in self.done if c["seed"] != seed or c["method"] not in methods]
         self.path.write_text("".join(json.dumps(cell) + "\n" for cell in self.done))
 
@@ -144,11 +145,12 @@ class Cells:
 
 
 class Figures:
-    """Losses and shares of all methods over the same bootstrap draws of records and of seeds.
+    """Losses and shares of all methods over the same bootstrap draws of records and seeds.
 
     Args:
-        cells: finished ones; a method with one seed alone is the same for all.
-        domains: whose losses are averaged.
+        cells: finished cells; a method with a single seed stands for all seeds.
+        domains: domains whose losses are averaged.
+        draws: number of bootstrap draws.
     """
 
     def __init__(self, cells: Sequence[Mapping[str, Any]], domains: Sequence[str], draws: int = 2000) -> None:
@@ -156,43 +158,44 @@ class Figures:
         for cell in cells:
             if "scores" in cell:
                 self.scores.setdefault(cell["method"], {})[cell["seed"]] = cell["scores"]
-        self.seeds = sorted({seed for found in self.scores.values() for seed in found})
+        self.seeds = sorted({seed for by_seed in self.scores.values() for seed in by_seed})
         self.domains, rng = list(domains), np.random.default_rng(0)
-        one = next(iter(next(iter(self.scores.values())).values()))
-        self.counts = {d: draw_texts(len(rows), draws, rng) for d, rows in one.items()}
+        first_scores = next(iter(next(iter(self.scores.values())).values()))
+        self.counts = {d: draw_texts(len(rows), draws, rng) for d, rows in first_scores.items()}
         self.weights_DS = draw_seeds(len(self.seeds), draws, rng)
 
     def losses(self, method: str, domain: str) -> Array:
-        """Nats per token, [D, S], or [D, 1] of a method that has no seeds."""
-        found = self.scores[method]
-        if len(found) not in (1, len(self.seeds)):
-            raise SystemExit(f"{method} has seeds {sorted(found)} of {self.seeds}; finish the run first")
-        rows = np.array([found[seed][domain] for seed in sorted(found)])  # [S, N, 2]
+        """Return the loss in nats per token, [D, S], or [D, 1] for a method with a single seed."""
+        by_seed = self.scores[method]
+        if len(by_seed) not in (1, len(self.seeds)):
+            raise SystemExit(f"{method} has seeds {sorted(by_seed)} of {self.seeds}; finish the run first")
+        rows = np.array([by_seed[seed][domain] for seed in sorted(by_seed)])  # [S, N, 2]
         return ratio(self.counts[domain], rows[..., 0], rows[..., 1])
 
     def means(self, method: str, domains: Sequence[str] | None = None) -> Array:
-        """The mean over domains of :meth:`losses`."""
+        """Return the mean of :meth:`losses` over domains."""
         parts = [self.losses(method, d) for d in domains or self.domains]
         return np.mean(parts, axis=0)
 
     def shares(
         self, method: str, oracle: Mapping[str, str], base: str = "base", domains: Sequence[str] | None = None
     ) -> Array:
-        """Share of the gain of each domain's own expert over the base, of losses averaged over domains.
+        """Return the share of the oracle's gain over the base, from losses averaged over domains.
 
-        Of averages, since a domain on which the own expert hardly gains would decide a mean of shares.
+        The oracle uses each domain's own expert. The losses are averaged first, because a domain with almost
+        no gain would dominate a mean of shares.
         """
-        chosen = list(domains or self.domains)
-        best_DS = np.mean(np.broadcast_arrays(*(self.losses(oracle[d], d) for d in chosen)), axis=0)
-        return share(self.means(method, chosen), self.means(base, chosen), best_DS)
+        domains = list(domains or self.domains)
+        best_DS = np.mean(np.broadcast_arrays(*(self.losses(oracle[d], d) for d in domains)), axis=0)
+        return share(self.means(method, domains), self.means(base, domains), best_DS)
 
     def estimate(self, values_DS: Array) -> Estimate:
-        """The mean over seeds with its 95 % interval over records and seeds."""
+        """Return the mean over seeds with its 95 % interval over records and seeds."""
         values_DS = np.broadcast_to(values_DS, self.weights_DS.shape)
         return estimate(over_seeds(values_DS, self.weights_DS))
 
     def spread(self, values_DS: Array) -> float:
-        """Standard deviation over seeds, of the records as they are; NaN of fewer than two."""
+        """Return the standard deviation over seeds on the original records; NaN for a single seed."""
         return float(np.std(values_DS[0], ddof=1)) if values_DS.shape[1] > 1 else float("nan")
 
 
@@ -200,24 +203,24 @@ class Figures:
 
 
 def above_zero(e: Estimate) -> str:
-    """Of a claim that a difference is above zero."""
+    """Judge the claim that a difference is above zero."""
     return HELD if e.low > 0 else NOT if e.high < 0 else OPEN
 
 
 def no_worse(e: Estimate, margin: float = MARGIN) -> str:
-    """Of a claim that a difference, in which less is worse, is above ``-margin``."""
+    """Judge the claim that a difference, where less is worse, is above ``-margin``."""
     return HELD if e.low > -margin else NOT if e.high < -margin else OPEN
 
 
 def alike(e: Estimate, margin: float = MARGIN) -> str:
-    """Of a claim that a difference lies within ±``margin``."""
+    """Judge the claim that a difference lies within ±``margin``."""
     if -margin < e.low and e.high < margin:
         return HELD
     return NOT if e.high < -margin or e.low > margin else OPEN
 
 
 def all_of(verdicts: Sequence[str]) -> str:
-    """Of a claim with several parts."""
+    """Combine the verdicts on the parts of a claim."""
     return HELD if set(verdicts) == {HELD} else NOT if NOT in verdicts else OPEN
 
 
@@ -225,22 +228,22 @@ MARKS = {HELD: "✓", NOT: "✗", OPEN: "?"}
 
 
 def nats(e: Estimate) -> str:
-    """In nats per token."""
+    """Format an estimate in nats per token."""
     return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
 
 
 def points(e: Estimate) -> str:
-    """In points of the oracle's gain."""
+    """Format an estimate in points of the oracle's gain."""
     return f"{100 * e.value:+.0f} [{100 * e.low:+.0f}, {100 * e.high:+.0f}]"
 
 
 def percent(e: Estimate) -> str:
-    """A share, in %."""
+    """Format a share in %."""
     return f"{100 * e.value:.2f} % [{100 * e.low:.2f}, {100 * e.high:.2f}]"
 
 
 class Claims:
-    """What a paper says, and what came of it here; verdicts follow from the figures alone."""
+    """The claims of a paper and their verdicts here, which follow from the figures."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -252,7 +255,7 @@ class Claims:
         judge: Callable[[Estimate], str],
         unit: Callable[[Estimate], str],
     ) -> None:
-        """A claim that holds if ``judge`` says so of every part."""
+        """Add a claim that holds if ``judge`` says so for every part."""
         verdicts = {name: judge(e) for name, e in parts.items()}
         evidence = "; ".join(f"{name}: {unit(e)} {MARKS[verdicts[name]]}" for name, e in parts.items())
         held = sum(v == HELD for v in verdicts.values())
@@ -260,15 +263,15 @@ class Claims:
         self.rows.append(row | {"evidence": evidence})
 
     def leave(self, claim: str, reason: str) -> None:
-        """A claim that was not tested."""
+        """Add a claim that was not tested."""
         self.rows.append({"claim": claim, "verdict": UNTESTED, "held": 0, "parts": 0, "evidence": reason})
 
     def table(self) -> list[str]:
-        """One row per claim, and how many held."""
+        """Return one row per claim, and the number of each verdict."""
         lines = ["| claim of the paper | here | evidence |", "|---|---|---|"]
         for row in self.rows:
-            some = 0 < row["held"] < row["parts"]
-            count = f"; {row['held']} of {row['parts']} parts held" if some else ""
+            partly = 0 < row["held"] < row["parts"]
+            count = f"; {row['held']} of {row['parts']} parts held" if partly else ""
             lines.append(f"| {row['claim']} | **{row['verdict']}**{count} | {row['evidence']} |")
         words = (HELD, NOT, OPEN, UNTESTED)
         counts = {word: sum(row["verdict"] == word for row in self.rows) for word in words}
@@ -278,12 +281,12 @@ class Claims:
 def loss_table(
     figures: Figures, rows: Mapping[str, Mapping[str, str] | None], others: Sequence[str]
 ) -> list[str]:
-    """Held-out losses, mean ± spread over seeds, and the share of the oracle's gain with its interval.
+    """Return held-out losses, mean ± spread over seeds, and the share of the oracle's gain with its interval.
 
     Args:
-        figures: of all methods.
-        rows: method and the oracle it is measured by.
-        others: domains that have no expert.
+        figures: the figures of all methods.
+        rows: method → the oracle to compare it with.
+        others: domains without an expert.
     """
     heads = [*figures.domains, *(f"{d}*" for d in others)]
     lines = ["| method | " + " | ".join(heads) + " | mean | share of the oracle's gain, % |"]
@@ -291,8 +294,8 @@ def loss_table(
     for method, oracle in rows.items():
         cells = [_cell(figures, figures.losses(method, d)) for d in [*figures.domains, *others]]
         cells.append(_cell(figures, figures.means(method)))
-        kept = figures.estimate(figures.shares(method, oracle)).scaled(100) if oracle else None
-        cells.append(f"{kept.value:.0f} [{kept.low:.0f}, {kept.high:.0f}]" if kept else "")
+        gain = figures.estimate(figures.shares(method, oracle)).scaled(100) if oracle else None
+        cells.append(f"{gain.value:.0f} [{gain.low:.0f}, {gain.high:.0f}]" if gain else "")
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return lines
 
@@ -302,10 +305,10 @@ def _cell(figures: Figures, values_DS: Array) -> str:
     return f"{mean:.3f}" if np.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
 
 
-def publish(stem: str, lines: Sequence[str], kept: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Write a page and the figures behind it."""
+def publish(stem: str, lines: Sequence[str], data: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Write a page and the data behind it."""
     (folder / f"{stem}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / f"{stem}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    (folder / f"{stem}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
     print(f"Wrote {folder / stem}.md and .json")
 
 
@@ -313,7 +316,7 @@ def publish(stem: str, lines: Sequence[str], kept: dict[str, Any], folder: Path 
 
 
 def arguments(doc: str, out: str) -> argparse.Namespace:
-    """Arguments of both scripts; makes and names a tiny random base for ``--quick``."""
+    """Parse the arguments of both scripts; with ``--quick``, make a tiny random base."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/text"), help="made by recipes/text/run.sh")
     parser.add_argument("--out", type=Path, default=Path(out))
@@ -333,7 +336,7 @@ def arguments(doc: str, out: str) -> argparse.Namespace:
 
 
 def make_tiny_runs(runs: Path) -> None:
-    """A random base of two layers, six random adapters, and the demo's skills under the domains' names."""
+    """Make a random base of two layers, six random adapters, and demo questions named as the domains."""
     from peft_moe.cli.demo import BASE_NAME, asset_path
     from peft_moe.cli.demo.skills import EXPERTS, generate, write_jsonl
 
@@ -359,10 +362,10 @@ def make_tiny_runs(runs: Path) -> None:
 
 
 def in_place(folder: Path, save: Callable[[Path], None]) -> Path:
-    """``folder``, made by ``save`` unless it is there; a run that dies leaves no half of it."""
+    """Make ``folder`` with ``save`` unless it exists. An interrupted run leaves no incomplete folder."""
     if not folder.exists():
-        beside = folder.with_name(folder.name + f".part{os.getpid()}")
-        beside.mkdir(parents=True)
-        save(beside)
-        beside.rename(folder)
+        temporary = folder.with_name(folder.name + f".part{os.getpid()}")
+        temporary.mkdir(parents=True)
+        save(temporary)
+        temporary.rename(folder)
     return folder

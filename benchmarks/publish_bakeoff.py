@@ -1,9 +1,9 @@
-"""Keep a bake-off's results under benchmarks/results, and the tables of ROUTERS.md in step with them.
+"""Publish a bake-off's results under benchmarks/results, and update the tables of ROUTERS.md from them.
 
-    python benchmarks/publish_bakeoff.py runs/bakeoff_demo demo   # keeps JSON, CSV, picture and a page
-    python benchmarks/publish_bakeoff.py                             # only write ROUTERS.md anew
+    python benchmarks/publish_bakeoff.py runs/bakeoff_demo demo   # writes JSON, CSV, plot and a page
+    python benchmarks/publish_bakeoff.py                             # only updates ROUTERS.md
 
-The newest results of a name count. A test fails while ROUTERS.md says anything else.
+ROUTERS.md shows the newest results of each name. A test fails while its catalogue is out of date.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ MEAN = "mean"
 
 
 def newest(name: str) -> tuple[Path, dict[str, Any]]:
-    """The latest kept results of a bake-off."""
+    """Return the newest published results of a bake-off, with their path."""
     path = max(RESULTS.glob(f"*-bakeoff-{name}.json"))
     return path, json.loads(path.read_text(encoding="utf-8"))
 
 
 def percent(estimate: dict[str, float], interval: bool = False) -> str:
-    """A share of the oracle's gain, in %."""
+    """Format a share of the oracle's gain, in %."""
     value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
     return f"{value:.0f} [{low:.0f}, {high:.0f}]" if interval and low != high else f"{value:.0f}"
 
 
 def change(estimate: dict[str, float]) -> str:
-    """A change against the base in %, or as a factor where the base hardly errs."""
+    """Format a change against the base in %, or as a factor where the base's loss is near 0."""
     value = estimate["value"]
     return f"×{1 + value:,.0f}" if value > 10 else f"{100 * value:+.1f}"
 
 
 def ranked(methods: dict[str, Any]) -> list[str]:
-    """References as they come, then methods, the best first."""
-    first = [name for name, one in methods.items() if one["group"] == "reference"]
-    others = [name for name in methods if name not in first]
-    return first + sorted(others, key=lambda name: -_sortable(methods[name]["shares"][MEAN]["value"]))
+    """Return the references in their order, then the other methods, the best first."""
+    references = [name for name, result in methods.items() if result["group"] == "reference"]
+    others = [name for name in methods if name not in references]
+    return references + sorted(others, key=lambda name: -_sortable(methods[name]["shares"][MEAN]["value"]))
 
 
 def _sortable(value: float) -> float:
@@ -54,7 +54,7 @@ def _sortable(value: float) -> float:
 
 
 def table(measure: str, methods: dict[str, Any]) -> list[str]:
-    """All methods under one measure, as Markdown."""
+    """Return a Markdown table of all methods under one measure."""
     rows = methods["base"]
     mixed = [row for row in (MARKED, RUNNING) if row in rows["shares"]]
     experts = [row for row in rows["shares"] if row not in (MEAN, *mixed)]
@@ -64,30 +64,30 @@ def table(measure: str, methods: dict[str, Any]) -> list[str]:
         "|---|---|---:|" + "---:|" * (len(heads) + 2),
     ]
     for name in ranked(methods):
-        one = methods[name]
-        gap = one.get("behind_best")
-        sure = gap is not None and (gap["low"] > 0 or gap["high"] < 0)
+        result = methods[name]
+        gap = result.get("behind_best")
+        significant = gap is not None and (gap["low"] > 0 or gap["high"] < 0)
         cells = [
-            *(percent(one["shares"][row]) for row in experts),
-            percent(one["shares"][MEAN], interval=True),
-            "" if one["group"] == "reference" or gap is None else percent(gap) + (" †" if sure else ""),
-            *(percent(one["shares"][row], interval=row == RUNNING) for row in mixed),
-            *(change(e) for e in one["changes"].values()),
-            f"{one['cost']['trainable']:,}" if one["cost"]["trainable"] else "–",
-            f"{one['cost']['seconds']:.0f}",
+            *(percent(result["shares"][row]) for row in experts),
+            percent(result["shares"][MEAN], interval=True),
+            "" if gap is None or result["group"] == "reference" else percent(gap) + " †" * significant,
+            *(percent(result["shares"][row], interval=row == RUNNING) for row in mixed),
+            *(change(e) for e in result["changes"].values()),
+            f"{result['cost']['trainable']:,}" if result["cost"]["trainable"] else "–",
+            f"{result['cost']['seconds']:.0f}",
         ]
-        lines.append(f"| `{name}` | {one['group']} | {one['seeds']} | " + " | ".join(cells) + " |")
+        lines.append(f"| `{name}` | {result['group']} | {result['seeds']} | " + " | ".join(cells) + " |")
     unit = "% of the base's loss" if measure == "loss" else "points of exact answers"
     return [
         f"Share of the oracle's gain over the base, in %, by {measure}; * no expert: change in {unit}; "
-        "† significant (the paired 95 % interval leaves zero out).",
+        "† significant (the paired 95 % interval excludes zero).",
         "",
         *lines,
     ]
 
 
 def page(name: str, results: dict[str, Any]) -> str:
-    """The results as a document."""
+    """Return the results as a Markdown page."""
     settings = results["settings"]
     lines = [f"# Bake-off: {name}", "", f"![shares]({Path(results['picture']).name})", ""]
     for measure, methods in results["measures"].items():
@@ -95,13 +95,13 @@ def page(name: str, results: dict[str, Any]) -> str:
     lines += [f"- {line}" for line in results["advice"]]
     if results["notes"]:
         lines += ["", "Not in the table:", "", *(f"- `{m}`: {note}" for m, note in results["notes"].items())]
-    kept = {key: settings[key] for key in ("seeds", "texts", "train", "width", "score") if key in settings}
-    lines += ["", "Settings:", "", "```json", json.dumps(kept, indent=1), "```", ""]
+    budgets = {key: settings[key] for key in ("seeds", "texts", "train", "width", "score") if key in settings}
+    lines += ["", "Settings:", "", "```json", json.dumps(budgets, indent=1), "```", ""]
     return "\n".join(lines)
 
 
 def publish(out: Path, name: str) -> None:
-    """Copy a bake-off's files, without the paths of this machine."""
+    """Copy a bake-off's files to the results, without this machine's paths."""
     stem = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-bakeoff-{name}"
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     for key in ("base", "experts", "domains"):
@@ -115,17 +115,17 @@ def publish(out: Path, name: str) -> None:
 
 
 def scores() -> str:
-    """The methods of both bake-offs side by side, in the order of what they keep of real text."""
+    """Return a table of the methods of both bake-offs, in the order of their share on real text."""
     (demo_path, demo), (text_path, text) = newest("demo"), newest("text")
     exact, by_loss, real = demo["measures"]["exact"], demo["measures"]["loss"], text["measures"]["loss"]
-    everyone = [name for name in ranked(real) if real[name]["group"] != "reference"]
-    everyone += [name for name in ranked(exact) if exact[name]["group"] != "reference" and name not in real]
+    methods = [name for name in ranked(real) if real[name]["group"] != "reference"]
+    methods += [name for name in ranked(exact) if exact[name]["group"] != "reference" and name not in real]
     lines = [
-        "| method | effort | demo: exact | by loss | behind a switch | no expert* "
-        "| real text: by loss | weakest domain | behind a switch | no expert* |",
+        "| method | effort | demo: exact | by loss | after a switch | no expert* "
+        "| real text: by loss | weakest domain | after a switch | no expert* |",
         "|---|---|" + "---:|" * 8,
     ]
-    for name in everyone:
+    for name in methods:
         cells = [(exact.get(name) or real[name])["group"]]
         cells += (
             [
@@ -140,33 +140,33 @@ def scores() -> str:
         cells += _text_cells(real[name]) if name in real else ["–"] * 4
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     paths = " and ".join(f"[{p.stem}](benchmarks/results/{p.stem}.md)" for p in (demo_path, text_path))
-    return "\n".join([*lines, "", f"From {paths}, where intervals, single domains and costs stand."])
+    return "\n".join([*lines, "", f"From {paths}, which also show intervals, single domains and costs."])
 
 
-def _text_cells(one: dict[str, Any]) -> list[str]:
-    shares = one["shares"]
+def _text_cells(result: dict[str, Any]) -> list[str]:
+    shares = result["shares"]
     weakest = min(e["value"] for row, e in shares.items() if row not in (MEAN, MARKED, RUNNING))
     return [
         percent(shares[MEAN], interval=True),
         f"{100 * weakest:.0f}",
         percent(shares[RUNNING]),
-        _worst(one["changes"], lowest=False),
+        _worst(result["changes"], lowest=False),
     ]
 
 
 def _worst(changes: dict[str, Any], lowest: bool) -> str:
-    # Fewer exact answers are worse, and so is more loss.
-    pick = min if lowest else max
-    return change(pick(changes.values(), key=lambda e: e["value"]))
+    # For exact answers the lowest change is the worst, for losses the highest.
+    worst = min if lowest else max
+    return change(worst(changes.values(), key=lambda e: e["value"]))
 
 
 def write_page() -> None:
-    """Both generated parts of ROUTERS.md, between their marks."""
+    """Update both generated parts of ROUTERS.md, between their markers."""
     text = PAGE.read_text(encoding="utf-8")
-    for mark, made in (("scores", scores()), ("catalogue", as_markdown(catalogue()))):
+    for mark, part in (("scores", scores()), ("catalogue", as_markdown(catalogue()))):
         begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
         head, rest = text.split(begin)
-        text = head + begin + made.strip() + "\n" + end + rest.split(end)[1]
+        text = head + begin + part.strip() + "\n" + end + rest.split(end)[1]
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -175,7 +175,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, nargs="?", help="a bake-off's folder")
-    parser.add_argument("name", nargs="?", help="what it is called")
+    parser.add_argument("name", nargs="?", help="name of the results")
     args = parser.parse_args()
     if args.out is not None:
         if args.name is None:
