@@ -75,7 +75,7 @@ def bind_checkpoints(model: nn.Module) -> None:
 def uses_reentrant(model: nn.Module) -> bool:
     """Whether ``model`` checkpoints with ``use_reentrant=True``."""
     for module in _checkpointed(model):
-        function = module._gradient_checkpointing_func
+        function: Any = module._gradient_checkpointing_func
         if isinstance(function, ContextBoundCheckpoint):
             function = function.checkpoint
         if isinstance(function, partial):

@@ -49,7 +49,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
 
     prefix = "molora_"
     tuner_layer_cls = MixtureLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # PEFT's own value
 
     def inject_adapter(
         self,
@@ -96,7 +96,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         record_expert_digests(model, getattr(model, MODEL_ROUTER), adapter_name, config, plan, before)
         config.follow_head_of(original)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # the config is always ours
         self,
         peft_config: MoLoraConfig,
         adapter_name: str,
@@ -203,7 +203,7 @@ class MoLoraModel(Controlled, UserCalls, BaseTuner):
         with requantised(self._constant_layers(adapter_names), self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, and is typed None
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -268,10 +268,8 @@ def add_block_routers(
 
 
 def _hidden_size(model: nn.Module, layers: dict[str, MoLoraLayer]) -> int:
-    config = getattr(model, "config", None)
-    size = getattr(
-        config.get_text_config() if hasattr(config, "get_text_config") else config,
-        "hidden_size",
-        None,
-    )
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "hidden_size", None)
     return int(size) if size is not None else next(iter(layers.values())).in_features

@@ -131,8 +131,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         self.frozen_peft_weight_names[adapter] = frozen
         mixture = self.mixtures[adapter]
         mixture.frozen_rows = frozen_rows(mixture.rank_map, trains)
-        for side in (self.molora_A, self.molora_B):
-            freeze_rows(side[adapter].weight, mixture.frozen_rows)
+        for weight in self._stored_factors(adapter):
+            freeze_rows(weight, mixture.frozen_rows)
 
     def _home(self, adapter: str) -> nn.Module | None:
         base_layer: nn.Module = self.get_base_layer()
@@ -149,7 +149,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
             self.molora_B[adapter].to(weight.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus every active mixture's; [..., I] to [..., O]."""
+        """Return the base layer's output plus that of every active mixture; [..., I] to [..., O]."""
         disabled, merged = self._disable_adapters, self.merged_adapters
         if disabled and merged:
             self.unmerge()  # which empties the list
@@ -195,7 +195,9 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         overwrite: bool,
     ) -> Tensor:
         tokens, adapter = x.numel() // x.shape[-1], mixture.scope.adapter
-        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
+        # torch types an entry of a ModuleDict as Module, and its weight as Tensor or Module.
+        A: Tensor = self.molora_A[adapter].weight  # type: ignore[assignment]  # see above
+        B: Tensor = self.molora_B[adapter].weight  # type: ignore[assignment]  # see above
         if A.is_meta or mixture.frozen_rows is not None:
             A, B = self._factors(adapter, mixture)
         base_NO = y.reshape(tokens, y.shape[-1])
@@ -224,6 +226,12 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         in_place = mixed_NO is base_NO and y.is_contiguous()
         return y if in_place else mixed_NO.view(y.shape)
 
+    def _stored_factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [R, I] and B [R, O] as parameters, on whatever device they are."""
+        A: Any = self.molora_A[adapter]
+        B: Any = self.molora_B[adapter]
+        return A.weight, B.weight
+
     def _factors(self, adapter: str, mixture: LayerMixture) -> tuple[Tensor, Tensor]:
         """A [R, I] and B [R, O] to compute with, without gradients for the experts that do not train."""
         A, B = read(self.molora_A[adapter]), read(self.molora_B[adapter])
@@ -251,7 +259,7 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def constant_gates(self, adapter: str) -> Tensor:
-        """Gates [E] of a router that does not read its input.
+        """Return the gates [E] of a router that does not read its input.
 
         Raises:
             PeftMoeError: the gates depend on the input, or act behind the next layer: nothing can be merged.
@@ -270,8 +278,8 @@ class MoLoraLayer(nn.Module, MixtureLayer):
                 f"adapter {adapter!r} routes by its input, so it cannot be merged into one weight; "
                 "serve it with peft_moe imported, or use router='uniform', whose gates are constant"
             )
-        weight = self.molora_A[adapter].weight
-        # As wide as a forward pass: the model's one decision is float32, others follow what the layer reads.
+        weight = self._stored_factors(adapter)[0]
+        # The dtype of a forward pass: float32 for the model's decision, else at least that of the input.
         dtype = torch.float32 if self.mixtures[adapter].scope.scope == "model" else weight.dtype
         dtype = torch.promote_types(dtype, torch.float32)
         probe_11I = torch.zeros(1, 1, self.in_features, device=weight.device, dtype=dtype)
@@ -279,10 +287,9 @@ class MoLoraLayer(nn.Module, MixtureLayer):
         return gates_E
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The weight change of a mixture with constant gates, in the base weight's orientation."""
+        """Return the weight change of a mixture with constant gates, in the base weight's orientation."""
         delta_OI = folded_delta(
-            self.molora_A[adapter].weight,
-            self.molora_B[adapter].weight,
+            *self._stored_factors(adapter),
             self.constant_gates(adapter),
             self.mixtures[adapter].rank_map,
         )
@@ -320,20 +327,20 @@ class MoLoraLayer(nn.Module, MixtureLayer):
                 write_weight(self, weight - self.get_delta_weight(adapter).to(weight.dtype))
 
     def expert_factors(self, adapter: str, expert: int) -> tuple[Tensor, Tensor] | None:
-        """A [r, I] and B [O, r] of one expert as they were read, bit for bit; None if it is not here."""
+        """Return A [r, I] and B [O, r] of one expert, bit for bit as in its file; None without ranks here."""
         segment = self.mixtures[adapter].rank_map.slices()[expert]
         if segment.start == segment.stop:
             return None
-        A, B = self.molora_A[adapter].weight, self.molora_B[adapter].weight
+        A, B = self._stored_factors(adapter)
         return A.detach()[segment], B.detach()[segment].T
 
     def extra_repr(self) -> str:
-        """Ranks of every adapter's experts."""
+        """Show the ranks of every adapter's experts."""
         return ", ".join(f"{adapter}: ranks={m.rank_map.ranks}" for adapter, m in self.mixtures.items())
 
 
 def gives_new_memory(module: nn.Module) -> bool:
-    """Whether nobody but its caller can hold what a linear layer returns, so that it may be overwritten."""
-    # A hook may keep it, and what is put in place of a method may do anything.
-    hooked = module._forward_hooks or nn.modules.module._has_any_global_hook()
+    """Whether only the caller holds the output of a linear layer, so that the output may be overwritten."""
+    # A hook may keep the output. A function in place of the method `forward` may do anything with it.
+    hooked = module._forward_hooks or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]  # torch's
     return type(module) in (nn.Linear, Conv1D) and not hooked and "forward" not in module.__dict__
