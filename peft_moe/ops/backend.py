@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The cost of a backend that serves a call only when its name is asked for.
 NEVER_CHEAPEST = math.inf
-# The reason that backends give which multiply the chosen experts only.
+# The reason for a refusal by backends that multiply only the chosen experts.
 NO_TOP_K = "its router keeps no fixed number of experts per token (top_k)"
 
 
@@ -41,7 +41,7 @@ class MixInputs(NamedTuple):
     may_select_null: bool = True  # whether "no expert" may be among the ids
     overwrite: bool = False  # whether the result may be written into ``base``
     fp32_x: Tensor | None = None  # x in float32, where the caller already has it
-    dtype: torch.dtype | None = None  # of the products; None follows from x, A and autocast
+    dtype: torch.dtype | None = None  # dtype of the products; None: see product_dtype
 
     def dense(self) -> Tensor:
         """Return the gates of all experts, [N, E] or [1, E]."""

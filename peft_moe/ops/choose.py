@@ -1,8 +1,8 @@
 """The choice of the backend that serves a call: the cheapest one that can, by a model of FLOPs and bytes.
 
-Why a model and not a measurement: a choice must depend on the shapes alone, so that two runs on one device
-compute the same bits, and it must cost nothing in a decode step. The model needs a few constants per device
-(``device_costs``); ``benchmarks/calibrate.py`` fits them.
+The choice must depend on the call and the device alone, so that two runs compute the same bits, and it must
+take no time in a decode step. It therefore uses a model and measures nothing at run time. The model needs
+a few constants per device (``device_costs``); ``benchmarks/calibrate.py`` fits them.
 
 Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts.
 """
@@ -29,7 +29,7 @@ class BackendChoice:
         backend: the chosen one.
         costs: predicted seconds of every backend that could serve the call, cheapest first.
         refused: the other backends, with their reasons.
-        dtype: of the products.
+        dtype: dtype of the products.
         asked: the name that was asked for; None where the cost model chose.
     """
 

@@ -40,7 +40,7 @@ class Folded:
     def mix(self, inputs: MixInputs) -> Tensor:
         """Return ``base + (x Aᵀ) (gates ∘ B)``."""
         x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = inputs
-        dtype = product_dtype(x_NI, A_RI)
+        dtype = inputs.dtype or product_dtype(x_NI, A_RI)
         A_RI, B_RO = A_RI.to(dtype), B_RO.to(dtype)
         gates_R1 = ranks.expand(inputs.dense()[0]).to(dtype)[:, None]
         h_NR = functional.linear(x_NI.to(dtype), A_RI)

@@ -58,7 +58,7 @@ class Gather:
         )
         assert ids_SK is not None, "supports() refuses dense gates"
         (sets, chosen), (tokens, width), out = ids_SK.shape, x_NI.shape, B_RO.shape[1]
-        dtype = product_dtype(x_NI, A_RI)
+        dtype = inputs.dtype or product_dtype(x_NI, A_RI)
         if dtype in _NARROW and x_NI.is_cpu:
             work = 2 * tokens * chosen * ranks.width * (width + out)
             dtype = torch.float32 if work < _FEW_FLOPS else dtype

@@ -53,7 +53,7 @@ class Grouped:
         """Return ``base + Σ over the chosen pairs``."""
         ids_NK, weights_NK = inputs.choice_per_token()
         leaves = (inputs.x, inputs.A, inputs.B, weights_NK)
-        rest = (inputs.base, ids_NK, inputs.ranks, product_dtype(inputs.x, inputs.A))
+        rest = (inputs.base, ids_NK, inputs.ranks, inputs.dtype or product_dtype(inputs.x, inputs.A))
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in leaves):
             return _forward(*leaves, *rest, inputs.overwrite)[0]
         out_NO: Tensor = _Grouped.apply(*leaves, *rest)  # type: ignore[no-untyped-call]  # torch's own

@@ -56,6 +56,6 @@ class Reference:
         """Run :func:`mix_reference` with its products in one dtype and its sum in the base's dtype."""
         x_NI, A_RI, B_RO, _, ranks, base_NO, *_ = inputs
         gates_NE = inputs.dense()
-        dtype = product_dtype(x_NI, A_RI)
+        dtype = inputs.dtype or product_dtype(x_NI, A_RI)
         out_NO = mix_reference(x_NI.to(dtype), A_RI.to(dtype), B_RO.to(dtype), gates_NE, ranks, base_NO)
         return out_NO.to(base_NO.dtype)

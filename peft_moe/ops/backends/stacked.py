@@ -71,7 +71,7 @@ def _forward(
     """Return the output, and h: [N, R], or [N, K, W] at the chosen experts."""
     h_NR = functional.linear(x_NI.to(dtype), A_RI.to(dtype)).to(dtype)
     if ids_NK is None:
-        # Gates are scaled in their own dtype, float32 at least, and rounded once.
+        # Gates are scaled before they are rounded to the products' dtype.
         hg_NR = h_NR * ranks.expand(gates).to(dtype)
         return add_product(base_NO, hg_NR, B_RO.to(dtype), overwrite), h_NR
     chosen = ChosenRanks(ids_NK, ranks, may_select_null)

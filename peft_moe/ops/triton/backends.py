@@ -67,7 +67,7 @@ def _unsupported_sparse(spec: CallSpec) -> str | None:
 
 def _cast(inputs: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return the input and both factors in the dtype of the products."""
-    dtype = product_dtype(inputs.x, inputs.A)
+    dtype = inputs.dtype or product_dtype(inputs.x, inputs.A)
     return inputs.x.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype)
 
 
