@@ -1,4 +1,4 @@
-"""Arguments of recipes: TRL's parser over YAML that is read strictly, the mixture, and the data by domain."""
+"""What recipes make of their arguments: a strict YAML parser, the mixture, and the data by domain."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..tuner.config.mixture import MoLoraConfig
 
 
 def recipe_mixture(experts: Mapping[str, str], mixture: Mapping[str, Any], model_args: Any) -> MoLoraConfig:
-    """The mixture of a recipe, with an error for each key that would have no effect.
+    """Build the mixture's config of a recipe, and refuse keys that would have no effect.
 
     Args:
-        experts: name and adapter of each; ``$VARIABLES`` are expanded.
+        experts: adapter of each expert, by name; ``$VARIABLES`` are expanded.
         mixture: further fields of ``MoLoraConfig``.
         model_args: TRL's ``ModelConfig``.
 
     Raises:
-        PeftMoeError: an unknown field, or one of a LoRA that would be trained.
+        PeftMoeError: a field is unknown, or sets TRL's own LoRA (``lora_r``, …).
     """
     check_mixture_fields(mixture)
     for key, value in vars(ModelConfig()).items():
@@ -37,15 +37,15 @@ def recipe_mixture(experts: Mapping[str, str], mixture: Mapping[str, Any], model
 
 
 def check_mixture_fields(mixture: Mapping[str, Any]) -> None:
-    """Refuse keys of a recipe's ``mixture`` that are no fields of ``MoLoraConfig``.
+    """Refuse keys of a recipe's ``mixture`` that are not fields of ``MoLoraConfig``.
 
     Raises:
-        PeftMoeError: an unknown one, with near matches.
+        PeftMoeError: a key is unknown; the message names near matches.
     """
-    known = {f.name for f in fields(MoLoraConfig) if f.init} - {"experts", "task_type", "peft_type"}
+    names = {f.name for f in fields(MoLoraConfig) if f.init} - {"experts", "task_type", "peft_type"}
     for key in mixture:
-        if key not in known:
-            raise PeftMoeError(f"mixture: {key!r} is no field of MoLoraConfig.{near_matches(key, known)}")
+        if key not in names:
+            raise PeftMoeError(f"mixture: {key!r} is not a field of MoLoraConfig.{near_matches(key, names)}")
 
 
 def recipe_data(
@@ -55,23 +55,26 @@ def recipe_data(
     seed: int,
     kinds: Kinds = KINDS,
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """Training records with a column ``domain``, and held-out records of each domain.
+    """Load training records with a column ``domain``, and held-out records of each domain.
 
     Args:
-        train_files: domain and source, a path or a dict of ``path``, ``name`` and ``split``; ``$VARIABLES``
-            are expanded.
-        per_domain: records of each at most, drawn with ``seed``.
-        eval_fraction: of those, held out.
+        train_files: source of each domain: a path, or a dict of ``path``, ``name`` and ``split``;
+            ``$VARIABLES`` are expanded.
+        per_domain: largest number of records per domain, drawn with ``seed``.
+        eval_fraction: share of these records that is held out, one record at least.
         seed: of the draw.
-        kinds: of records, see :func:`peft_moe.io.text_data.load_text_dataset`.
+        kinds: accepted kinds of records, see :func:`peft_moe.io.text_data.load_text_dataset`.
+
+    Returns:
+        The training records of all domains, and the held-out records by domain.
 
     Raises:
-        PeftMoeError: what the files hold cannot be trained on, or nothing would be left.
+        PeftMoeError: a file cannot be trained on, or a domain has no record left to train on.
     """
     files = {domain: _expanded(source) for domain, source in train_files.items()}
     data = load_text_dataset(files, kinds=kinds).shuffle(seed=seed)
     kind = text_kind(data.column_names, kinds)
-    assert kind is not None  # it was loaded as one
+    assert kind is not None  # load_text_dataset has checked it
     data = data.select_columns([*kinds[kind], "domain"])
     domains, train, heldout = data["domain"], [], {}
     for domain, source in files.items():
@@ -93,23 +96,29 @@ def _expanded(source: Source) -> Source:
     return os.path.expandvars(source)
 
 
-def by_domain(metrics: Mapping[str, float], domains: Iterable[str], part: str) -> dict[str, float]:
-    """``{domain: value}`` of the held-out metric whose name ends in ``part``, where there is one."""
-    names = {domain: f"eval_{domain}_{part}" for domain in domains}
+def by_domain(metrics: Mapping[str, float], domains: Iterable[str], metric: str) -> dict[str, float]:
+    """Return a held-out metric by domain, rounded, for the domains that have it.
+
+    Args:
+        metrics: the trainer's metrics.
+        domains: names of the evaluation datasets.
+        metric: the metric's name without prefix, such as "loss".
+    """
+    names = {domain: f"eval_{domain}_{metric}" for domain in domains}
     return {domain: round(metrics[name], 4) for domain, name in names.items() if name in metrics}
 
 
 class StrictTrlParser(TrlParser):  # type: ignore[misc]  # trl is untyped here
-    """``TrlParser``, which by itself keeps the last of two experts of one name without a word."""
+    """TRL's ``TrlParser`` with a strict YAML reader; TRL's own silently keeps the last of two equal keys."""
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *more: Any, **named: Any) -> Any:
-        """As TRL's own.
+        """Parse as TRL's own method does, after a check of the file of ``--config``.
 
         Raises:
-            PeftMoeError: the file of ``--config`` is no plain YAML: a key twice, a name that is a truth
-                (``no``), with the line.
+            PeftMoeError: the file has a key twice, or a name that YAML reads as a boolean (``no``); the
+                message names the line.
         """
-        given = list(args) if args is not None else sys.argv[1:]
-        if "--config" in given[:-1]:
-            read_yaml(given[given.index("--config") + 1])
-        return super().parse_args_and_config(given, *more, **named)
+        arguments = list(args) if args is not None else sys.argv[1:]
+        if "--config" in arguments[:-1]:
+            read_yaml(arguments[arguments.index("--config") + 1])
+        return super().parse_args_and_config(arguments, *more, **named)

@@ -1,4 +1,4 @@
-"""Parts of joint and staged training: named fresh experts beside trained ones, and who trains in a stage."""
+"""Joint and staged training: fresh experts beside trained ones, and which experts train in a stage."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ TRAINS = ("all", "own", "own_and_shared")
 def write_fresh_experts(
     base: Any, experts: Mapping[str, str | None], lora: LoraConfig, folder: Path, seed: int
 ) -> dict[str, str]:
-    """Give every expert that has no adapter yet a fresh one, which begins as the base.
+    """Write a fresh adapter for every expert without one; a fresh adapter adds nothing to the base.
 
     Args:
-        base: the bare base model; left as it was.
-        experts: name of each expert, and its adapter's folder or Hub id, or None for a fresh one.
-        lora: of the fresh ones. Each is drawn with a seed of its own.
-        folder: where they are written, one folder each.
-        seed: of the first one.
+        base: the base model without adapters; it is unchanged afterwards.
+        experts: folder or Hub id of each expert's adapter, by name; None for a fresh one.
+        lora: config of the fresh adapters.
+        folder: parent of the fresh adapters' folders, which have the experts' names.
+        seed: of the first fresh adapter; each further one adds 1.
 
     Returns:
-        A folder or Hub id for every expert.
+        A folder or Hub id for every expert, by name.
 
     Raises:
-        PeftMoeError: no expert is named, or there is nothing to adapt in fresh ones.
+        PeftMoeError: there is no expert, or fresh experts lack target modules.
     """
     if not experts:
         raise PeftMoeError("experts is empty; name at least one, with its adapter or null for a fresh one")
-    found = {name: os.path.expandvars(source) for name, source in experts.items() if source is not None}
-    fresh = [name for name in experts if name not in found]
+    sources = {name: os.path.expandvars(source) for name, source in experts.items() if source is not None}
+    fresh = [name for name in experts if name not in sources]
     if fresh and not lora.target_modules:
         raise PeftMoeError(f"fresh experts {fresh} need lora_target_modules: which layers they adapt")
     for number, name in enumerate(fresh):
@@ -51,24 +51,24 @@ def write_fresh_experts(
         model.unload()
         if hasattr(base, "peft_config"):
             del base.peft_config
-        found[name] = str(folder / name)
-    return {name: found[name] for name in experts}
+        sources[name] = str(folder / name)
+    return {name: sources[name] for name in experts}
 
 
 def set_stage(model: nn.Module, domains: Sequence[str], trains: str) -> list[str]:
-    """Choose what trains in a stage.
+    """Freeze and unfreeze experts and routers for a stage of training.
 
     Args:
         model: a PeftModel with a mixture.
-        domains: of the stage; a domain's expert has its name.
-        trains: "all" experts and the router; the stage's "own" experts alone; or "own_and_shared" experts. In
-            the last two the router stays as it is.
+        domains: domains of the stage; a domain's expert has the domain's name.
+        trains: "all": all experts and the routers train. "own": only the experts of ``domains``.
+            "own_and_shared": these and the shared experts. The routers are frozen in the last two.
 
     Returns:
-        Names of the experts that train now.
+        Names of the experts that train in this stage.
 
     Raises:
-        PeftMoeError: no such setting, or a domain without an expert.
+        PeftMoeError: ``trains`` is unknown, or a domain has no expert.
     """
     if trains not in TRAINS:
         raise PeftMoeError(

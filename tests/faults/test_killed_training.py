@@ -25,7 +25,7 @@ from support.zoo import Zoo
 from faults.harness import flipped
 from peft_moe import PeftMoeError
 from peft_moe.training import last_good_checkpoint
-from peft_moe.training.trainers.checkpoints import SEAL, what_is_wrong
+from peft_moe.training.trainers.checkpoints import SEAL, checkpoint_fault
 
 RUNS = int(os.environ.get("PEFT_MOE_KILLED_RUNS", "2"))
 STEPS, SEEDS = 6, 20
@@ -136,11 +136,11 @@ TORN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not there": (shutil.rmtree, "no such folder"),
     **{f"{name} lost": (lost(name), f"{name} is missing") for name in FILES},
-    **{f"{name} cut": (half(name), f"{name} is not as it was saved") for name in FILES},
+    **{f"{name} cut": (half(name), f"{name} differs from what was saved") for name in FILES},
     "the seal cut": (half(SEAL), f"{SEAL} is damaged"),
     "not sealed yet, the state cut": (
         lambda f: (lost(SEAL)(f), half("trainer_state.json")(f)),
-        "trainer_state.json is missing or cut",
+        "trainer_state.json is missing or truncated",
     ),
     "not sealed yet, the state not begun": (
         lost(SEAL, "trainer_state.json"),
@@ -158,18 +158,18 @@ TORN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", TORN)
-def test_a_torn_checkpoint_is_passed_over(case: str, run: Path, tmp_path: Path) -> None:
+def test_a_partial_checkpoint_is_skipped(case: str, run: Path, tmp_path: Path) -> None:
     tear, words = TORN[case]
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoint-3"
     tear(newest)
-    wrong = what_is_wrong(newest)
-    assert wrong is not None
-    assert words in wrong
+    fault = checkpoint_fault(newest)
+    assert fault is not None
+    assert words in fault
     assert last_good_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
 
 
-def test_a_whole_checkpoint_needs_no_seal(run: Path, tmp_path: Path) -> None:
+def test_a_complete_checkpoint_needs_no_seal(run: Path, tmp_path: Path) -> None:
     """Those of a plain trainer have none."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoint-3" / SEAL).unlink()
@@ -189,14 +189,14 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(data: st.DataObject, run: Path
     whole = path.read_bytes()
     try:
         path.write_bytes(flipped(whole, data.draw(st.integers(0, 8 * len(whole) - 1))))
-        assert what_is_wrong(folder) == f"{path.name} is not as it was saved"
+        assert checkpoint_fault(folder) == f"{path.name} differs from what was saved"
         assert last_good_checkpoint(run) == str(run / "checkpoint-2")
     finally:
         path.write_bytes(whole)
-    assert what_is_wrong(folder) is None
+    assert checkpoint_fault(folder) is None
 
 
-def test_the_trainer_goes_on_from_the_last_whole_one(zoo: Zoo, run: Path, tmp_path: Path) -> None:
+def test_the_trainer_resumes_from_the_last_complete_checkpoint(zoo: Zoo, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     half("optimizer.pt")(tmp_path / "run" / "checkpoint-3")
     whole = trainer(zoo, tmp_path / "whole", max_steps=5)
@@ -207,7 +207,7 @@ def test_the_trainer_goes_on_from_the_last_whole_one(zoo: Zoo, run: Path, tmp_pa
     mine, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     # The torn one was written again.
-    assert what_is_wrong(tmp_path / "run" / "checkpoint-3") is None
+    assert checkpoint_fault(tmp_path / "run" / "checkpoint-3") is None
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -222,13 +222,13 @@ def test_a_named_checkpoint_that_would_be_another_run_is_refused(
     before = {key: value.clone() for key, value in new.model.state_dict().items()}
     good = re.escape(str(tmp_path / "run" / "checkpoint-2"))
     with pytest.raises(
-        PeftMoeError, match=rf"it has no {name.split('.', maxsplit=1)[0]}.*the last whole one is {good}"
+        PeftMoeError, match=rf"it has no {name.split('.', maxsplit=1)[0]}.*the last complete one is {good}"
     ):
         new.train(resume_from_checkpoint=str(newest))
     assert all(torch.equal(value, before[key]) for key, value in new.model.state_dict().items())
     assert isinstance(PeftModel.from_pretrained(zoo.base("llama"), str(newest)), PeftModel)
 
 
-def test_nothing_whole_to_resume_from_is_said(zoo: Zoo, tmp_path: Path) -> None:
-    with pytest.raises(PeftMoeError, match="has no checkpoint that is whole; leave it out to start"):
+def test_resuming_without_a_complete_checkpoint_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    with pytest.raises(PeftMoeError, match="has no complete checkpoint; leave it out to start"):
         trainer(zoo, tmp_path).train(resume_from_checkpoint=True)

@@ -134,7 +134,11 @@ def test_a_saved_mixture_is_the_start(
         ("dpo", {"adapter": "runs/x"}, "Give either `experts`"),
         ("dpo", {"experts": None, "adapter": "runs/x"}, "`mixture` and `fit` are for a new mixture"),
         ("dpo", {"reference": "bass"}, "reference='bass' is unknown"),
-        ("dpo", {"mixture": {"rooter": "context"}}, r"'rooter' is no field of MoLoraConfig\. Did you mean"),
+        (
+            "dpo",
+            {"mixture": {"rooter": "context"}},
+            r"'rooter' is not a field of MoLoraConfig\. Did you mean",
+        ),
         ("dpo", {"lora_r": 64}, "lora_r has no effect"),
         ("dpo", {"eval_fraction": 1.0}, r"10 records with eval_fraction=1\.0 leave none to train on"),
         ("kto", {"num_generations": 4}, "num_generations"),

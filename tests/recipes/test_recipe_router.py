@@ -180,7 +180,11 @@ def test_robustness_options_shape_the_training_data(
             "has no effect: nothing reads",
         ),
         ("pairs", {"switching_share": 0.5, "max_length": 18}, "lower the share, or raise max_length"),
-        ("pairs", {"mixture": {"rooter": "context"}}, r"'rooter' is no field of MoLoraConfig\. Did you mean"),
+        (
+            "pairs",
+            {"mixture": {"rooter": "context"}},
+            r"'rooter' is not a field of MoLoraConfig\. Did you mean",
+        ),
         ("pairs", {"mixture": {"experts": 3}}, "'experts' is no field"),
         ("pairs", {"lora_r": 64}, "lora_r has no effect: the experts are trained already"),
         ("pairs", {"eval_fraction": 1.0}, r"20 records with eval_fraction=1\.0 leave none to train on"),

@@ -134,7 +134,7 @@ def test_pairs_fit_or_are_refused() -> None:
     with pytest.raises(PeftMoeError, match=r"needs 8 pairs .* within max_length=4, and 0 were found"):
         with_switches(rows, 0.25, seed=0, max_length=4)
     alone = rows.filter(lambda row: row["domain"] == "wide")
-    with pytest.raises(PeftMoeError, match=r"needs 2 pairs .* and 0 were found in \{'wide': 10\}"):
+    with pytest.raises(PeftMoeError, match=r"needs 2 pairs .* but there are 0 in \{'wide': 10\}"):
         with_switches(alone, 0.25, seed=0)
 
 

@@ -285,7 +285,7 @@ def test_stages_of_own_experts_forget_nothing_and_shared_parts_do(
         ({"stages": ["wide", "narow"]}, "'narow' is no domain of train_files.*Did you mean"),
         ({"trains": "owm"}, "trains='owm' is not one of"),
         ({"teacher": "somewhere"}, "has no effect; set mixture: distillation_coef"),
-        ({"mixture": {"rooter": "x"}}, "'rooter' is no field of MoLoraConfig"),
+        ({"mixture": {"rooter": "x"}}, "'rooter' is not a field of MoLoraConfig"),
         ({"eval_fraction": 1.0}, "leave none to train on"),
         ({"lora_target_modules": None}, "need lora_target_modules"),
         ({"resume_from_checkpoint": "last"}, "does not resume"),

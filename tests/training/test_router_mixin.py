@@ -74,7 +74,7 @@ def test_the_label_loss_is_never_silently_off(zoo: Zoo, tmp_path: Path) -> None:
 
     with pytest.raises(PeftMoeError, match=r"needs a `domain` column.*the dataset has"):
         construct(raw().remove_columns("domain"))
-    with pytest.raises(PeftMoeError, match="packed samples apart; set packing=False"):
+    with pytest.raises(PeftMoeError, match="domains of packed samples; set packing=False"):
         construct(raw(), packing=True, max_length=64)
     with pytest.raises(PeftMoeError, match=r"packed samples apart.*padding_free=False"):
         construct(raw(), padding_free=True)

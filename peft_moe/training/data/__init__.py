@@ -1,1 +1,1 @@
-"""Training data: balanced batches, augmentation, domain labels."""
+"""Training data: domain labels, balanced sampling of domains, augmentation."""

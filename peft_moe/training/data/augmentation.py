@@ -1,7 +1,8 @@
-"""Training data that make routers robust: generic text, wrong labels, texts that change their domain.
+"""Data augmentation that makes routers robust: generic samples, random domain labels, domain switches.
 
-A router that only ever sees whole texts of its experts' domains sends everything to some expert, trusts
-its labels, and follows the beginning of a text for ever. All three are exact for a seed.
+A router that is trained on texts of its experts' domains alone sends every text to some expert, trusts wrong
+labels, and keeps the decision of a text's beginning when the domain changes. Each augmentation depends on the
+data and a seed alone.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from .domain_labels import DOMAIN, TURN_LENGTHS, needs_domains
 
 
 def with_generic_share(data: Dataset, share: float | None, experts: Collection[str], seed: int) -> Dataset:
-    """As many samples as before, of which ``share`` are of domains without an expert (arXiv 2407.01126).
+    """Return as many samples as before, a share of them of domains without an expert (arXiv 2407.01126).
 
-    Where a kind has more samples than are wanted, some are left out; where it has fewer, all are repeated
-    equally often, up to one time.
+    A kind of sample (generic, or of an expert's domain) with too many samples loses some. A kind with too few
+    repeats its samples; their counts differ by one at most.
 
     Args:
-        data: with a column ``domain``.
-        share: 0 to 1; 0 leaves generic samples out, None leaves everything as it is.
-        experts: the domains that have one.
+        data: a dataset with a column ``domain``.
+        share: share of generic samples, 0 to 1; None returns the data unchanged.
+        experts: the domains that have an expert.
         seed: of the draw and of the order.
 
     Raises:
-        PeftMoeError: the share is out of range, or one of the kinds is missing.
+        PeftMoeError: the share is out of range, or one of the kinds has no sample.
     """
     if share is None:
         return data
@@ -40,9 +41,9 @@ def with_generic_share(data: Dataset, share: float | None, experts: Collection[s
     rows = list(range(len(data)))
     rng.shuffle(rows)
     domains = data[DOMAIN]
-    wanted = round(share * len(data))
+    num_generic = round(share * len(data))
     chosen = []
-    for count, generic in ((wanted, True), (len(data) - wanted, False)):
+    for count, generic in ((num_generic, True), (len(data) - num_generic, False)):
         pool = [row for row in rows if (domains[row] not in experts) == generic]
         if count and not pool:
             kind = "without an expert" if generic else "of the experts' domains"
@@ -56,13 +57,13 @@ def with_generic_share(data: Dataset, share: float | None, experts: Collection[s
 
 
 def with_random_domains(data: Dataset, share: float, seed: int) -> Dataset:
-    """A share of the samples gets another domain's name, or none: domain randomisation (arXiv 2407.01126).
+    """Give a share of the samples another domain or none: domain randomisation (arXiv 2407.01126).
 
-    The share is met exactly; a new name is drawn evenly from all others and "unknown" (None).
+    The share is exact. Each new domain is drawn uniformly from all other domains and None (unknown).
 
     Args:
-        data: with a column ``domain``.
-        share: 0 to 1; 0 leaves everything as it is.
+        data: a dataset with a column ``domain``.
+        share: 0 to 1; 0 returns the data unchanged.
         seed: of the draw.
 
     Raises:
@@ -80,10 +81,10 @@ def with_random_domains(data: Dataset, share: float, seed: int) -> Dataset:
 
 
 def check_random_domains(config: MoLoraConfig, share: float) -> None:
-    """Whether random labels would do what they are for.
+    """Check that random domain labels have their intended effect.
 
     Raises:
-        PeftMoeError: nothing reads the labels, or they say who teaches.
+        PeftMoeError: nothing reads the labels, or distillation takes each sample's teacher from them.
     """
     if share and config.distillation_coef:
         raise PeftMoeError(
@@ -98,17 +99,17 @@ def check_random_domains(config: MoLoraConfig, share: float) -> None:
 
 
 def with_switches(data: Dataset, share: float, seed: int, max_length: int | None = None) -> Dataset:
-    """Join pairs of samples of different domains, until ``share`` of the samples are such pairs.
+    """Join pairs of samples of different domains, until a share of the records are pairs.
 
-    Every sample is used once, alone, first or second. In a pair the second prompt is a turn of its own:
-    its labels are ignored as before, so that a router that decides per prompt decides again there, and
-    one that decides per token sees the change.
+    Each sample is used once, alone or in a pair. The second prompt of a pair starts a new turn: its tokens
+    have no labels, so that a router that decides per prompt decides again there. A router that decides per
+    token sees the domain change.
 
     Args:
-        data: tokenised by the trainer: ``input_ids``, ``labels``, ``domain``.
-        share: 0 to 1; 0 leaves everything as it is.
+        data: a dataset that the trainer has tokenised: ``input_ids``, ``labels``, ``domain``.
+        share: 0 to 1; 0 returns the data unchanged.
         seed: of the draw and of the order.
-        max_length: of a pair; None for any.
+        max_length: largest number of tokens of a pair; None for any.
 
     Returns:
         Records of ``input_ids``, ``labels``, ``domain`` (one name per turn) and ``turn_lengths``.
@@ -124,14 +125,14 @@ def with_switches(data: Dataset, share: float, seed: int, max_length: int | None
     rng = random.Random(seed)
     rows = data.select_columns(["input_ids", "labels", DOMAIN]).to_list()
     rng.shuffle(rows)
-    # n samples with j pairs become n − j records: j/(n − j) is the share.
-    wanted = round(share * len(rows) / (1 + share))
-    pairs = _pairs(rows, wanted, max_length, rng)
-    if len(pairs) < wanted:
+    # n samples with j pairs become n − j records, so that the share is j/(n − j).
+    num_pairs = round(share * len(rows) / (1 + share))
+    pairs = _pairs(rows, num_pairs, max_length, rng)
+    if len(pairs) < num_pairs:
         counts = Counter(str(row[DOMAIN]) for row in rows)
         raise PeftMoeError(
-            f"switching_share={share} needs {wanted} pairs of samples of different domains within "
-            f"max_length={max_length}, and {len(pairs)} were found in {dict(counts)}; lower the share, or "
+            f"switching_share={share} needs {num_pairs} pairs of samples of different domains within "
+            f"max_length={max_length}, but there are {len(pairs)} in {dict(counts)}; lower the share, or "
             "raise max_length"
         )
     paired = {id(row) for pair in pairs for row in pair}
@@ -141,21 +142,22 @@ def with_switches(data: Dataset, share: float, seed: int, max_length: int | None
 
 
 def _pairs(
-    rows: list[dict[str, Any]], wanted: int, max_length: int | None, rng: random.Random
+    rows: list[dict[str, Any]], num_pairs: int, max_length: int | None, rng: random.Random
 ) -> list[list[dict[str, Any]]]:
     waiting: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         waiting.setdefault(row[DOMAIN], []).append(row)
     order = list(waiting)
     pairs: list[list[dict[str, Any]]] = []
-    while len(pairs) < wanted:
-        # The largest domain with the next: whatever can be paired, is. Equal ones in a new order each time.
+    while len(pairs) < num_pairs:
+        # Pairing the largest domain with the next largest one gives the most pairs. The shuffle orders
+        # domains of equal size anew each time.
         rng.shuffle(order)
         order.sort(key=lambda domain: len(waiting[domain]), reverse=True)
         pair = _fitting(waiting, order, max_length)
         if pair is None:
             break
-        rng.shuffle(pair)  # else the larger domain would always begin
+        rng.shuffle(pair)  # otherwise the larger domain would always come first
         pairs.append(pair)
     return pairs
 
@@ -163,13 +165,14 @@ def _pairs(
 def _fitting(
     waiting: dict[Any, list[dict[str, Any]]], order: list[Any], max_length: int | None
 ) -> list[dict[str, Any]] | None:
-    for first in order:
-        for i, one in enumerate(waiting[first]):
-            for second in order:
-                for j, other in enumerate(waiting[second] if second != first else []):
-                    length = len(one["input_ids"]) + len(other["input_ids"])
+    """Take the first two samples of different domains that fit ``max_length``; None if there are none."""
+    for domain_a in order:
+        for i, sample_a in enumerate(waiting[domain_a]):
+            for domain_b in order:
+                for j, sample_b in enumerate(waiting[domain_b] if domain_b != domain_a else []):
+                    length = len(sample_a["input_ids"]) + len(sample_b["input_ids"])
                     if max_length is None or length <= max_length:
-                        return [waiting[first].pop(i), waiting[second].pop(j)]
+                        return [waiting[domain_a].pop(i), waiting[domain_b].pop(j)]
     return None
 
 

@@ -1,4 +1,7 @@
-"""Batches with equal shares of every domain, whatever their sizes in the data."""
+"""Balanced sampling: steps and batches with equal shares of all domains, whatever their sizes in the data.
+
+This concerns the order of training samples. Load balancing of experts is in ``trainers/load_balancing.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,19 @@ from .domain_labels import DOMAIN
 
 
 class BalancedSampler(Sampler[int]):
-    """Draws rows in groups that hold each domain once, in random order.
+    """Draws rows in groups that contain each domain once, in random order.
 
-    A batch of a multiple of the domains holds equal shares; so does a step, over its batches and processes.
-    In an epoch every row of the largest domain comes at least once; smaller domains begin anew, in another
-    order. The order follows from ``seed`` and the epoch alone, so that all processes agree on it and a
-    resumed run goes on in it.
+    A step over all its batches and processes contains equal shares of all domains, and so does a batch whose
+    size is a multiple of the number of domains. In an epoch each row of the largest domain comes at least
+    once; smaller domains repeat their rows in another order. The order depends on ``seed`` and the epoch
+    alone, so that all processes agree on it and a resumed run continues it.
 
     Args:
-        domains: of each row.
-        step_samples: of one optimizer step, a multiple of the number of domains; an epoch is whole steps.
+        domains: the domain of each row.
+        step_samples: samples per optimizer step, a multiple of the number of domains. An epoch consists of
+            whole steps.
         seed: of the order.
-        step: says how many optimizer steps are done, which tells the epoch.
+        step: returns the number of optimizer steps done, from which the epoch follows.
     """
 
     def __init__(
@@ -38,11 +42,11 @@ class BalancedSampler(Sampler[int]):
         self.step_samples, self.seed, self.step = step_samples, seed, step
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Return the number of rows of an epoch."""
         return self.steps * self.step_samples
 
     def __iter__(self) -> Iterator[int]:
-        """One epoch's rows."""
+        """Yield the rows of one epoch."""
         rng = random.Random(f"{self.seed} {self.step() // self.steps}")
         count = len(self) // len(self.rows)
         columns = [_repeated(rows, count, rng) for rows in self.rows.values()]
@@ -60,28 +64,30 @@ def _repeated(rows: list[int], count: int, rng: random.Random) -> list[int]:
 def balanced_sampler(
     dataset: Any, args: Any, batch_size: int, seed: int, step: Callable[[], int] = lambda: 0
 ) -> BalancedSampler:
-    """The sampler of a trainer's dataset.
+    """Make the sampler of a trainer's dataset.
 
     Args:
-        dataset: prepared, with a column ``domain``.
+        dataset: the trainer's prepared dataset, with a column ``domain``.
         args: the trainer's arguments.
-        batch_size: of one process's batch.
+        batch_size: samples per batch of one process.
         seed: of the order.
         step: see :class:`BalancedSampler`.
 
     Raises:
-        PeftMoeError: a stream, packed samples, samples of no or of several domains, another order that was
-            asked for, or a step that cannot hold equal shares.
+        PeftMoeError: the dataset is a stream or has packed samples, a sample has no or several domains, the
+            arguments set another order, or a step cannot contain equal shares.
     """
     columns = getattr(dataset, "column_names", None)
     if columns is None or not hasattr(dataset, "__len__"):
-        raise PeftMoeError("balanced_domains=True needs a dataset with a length, not a stream; load it whole")
+        raise PeftMoeError(
+            "balanced_domains=True needs a dataset with a length, not a stream; load all of it"
+        )
     if DOMAIN not in columns:
         raise PeftMoeError(
             f"balanced_domains=True needs a `domain` column; the dataset has {sorted(columns)}"
         )
     if getattr(args, "packing", False):
-        raise PeftMoeError("balanced_domains=True cannot tell packed samples apart; set packing=False")
+        raise PeftMoeError("balanced_domains=True cannot distinguish packed samples; set packing=False")
     order = getattr(args, "train_sampling_strategy", "random")
     if order != "random":
         raise PeftMoeError(
@@ -89,11 +95,11 @@ def balanced_sampler(
             "another; leave one out"
         )
     domains = list(dataset[DOMAIN])
-    odd = next((name for name in domains if not isinstance(name, str)), "")
-    if odd != "" or not domains:
+    invalid = next((name for name in domains if not isinstance(name, str)), "")
+    if invalid != "" or not domains:
         raise PeftMoeError(
-            f"balanced_domains=True needs one name as each sample's domain, and one is {odd!r}; leave "
-            "switching_share and domain_randomisation at 0, and fill empty domains"
+            f"balanced_domains=True needs one name as each sample's domain, and a sample has {invalid!r}; "
+            "leave switching_share and domain_randomisation at 0, and fill empty domains"
         )
     split = getattr(getattr(args, "accelerator_config", None), "split_batches", False)
     processes = 1 if split else args.world_size

@@ -1,4 +1,4 @@
-"""Carrying each sample's ``domain`` from the dataset to the losses that are about it."""
+"""Domain labels: each sample's ``domain`` on its way from the dataset to the losses that need it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from ...tuner.config.mixture import MoLoraConfig
 
 DOMAIN = "domain"
 TURN_LENGTHS = "turn_lengths"
-OURS = (DOMAIN, TURN_LENGTHS)
+COLUMNS = (DOMAIN, TURN_LENGTHS)
+"""Columns of a dataset that the trainer's own collator does not know."""
 DOMAIN_INDEX = "domain_index"
+"""The key of a batch that holds the samples' router columns."""
 
 
 class DomainCollator:
-    """Wraps a data collator that drops unknown columns, and keeps the domain as an index.
+    """Wraps a data collator, which drops unknown columns, and adds the domains to the batch as indices.
 
-    A sample has one ``domain``, a name, or one for each of its turns: a list of names, with the turns'
-    numbers of tokens in ``turn_lengths``.
+    The ``domain`` of a sample is one name, or a list with one name per turn. With a list, ``turn_lengths``
+    has the number of tokens of each turn.
     """
 
     def __init__(
@@ -34,13 +36,13 @@ class DomainCollator:
         self.column = domain_columns(config)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The wrapped collator's batch, plus ``domain_index`` where samples have a domain.
+        """Return the wrapped collator's batch, with ``domain_index`` if samples have a domain.
 
-        It is long [B], or [B, T] where a sample has several domains; padding is unknown (-1).
+        The index is long [B], or [B, T] if a sample has several domains; padding has -1 (unknown).
         """
         labelled = any(DOMAIN in example for example in examples)
         domains = [example.get(DOMAIN) for example in examples]
-        batch = self.collator([{k: v for k, v in e.items() if k not in OURS} for e in examples])
+        batch = self.collator([{k: v for k, v in e.items() if k not in COLUMNS} for e in examples])
         if any(isinstance(domain, list) for domain in domains):
             batch[DOMAIN_INDEX] = self._per_token(examples, batch)
         elif labelled:
@@ -50,7 +52,9 @@ class DomainCollator:
     def _per_token(self, examples: list[dict[str, Any]], batch: dict[str, Any]) -> Tensor:
         real_BT = batch["attention_mask"].bool()
         if len(real_BT) != len(examples):
-            raise PeftMoeError("a list of domains is for one text; a pair of answers has one domain for both")
+            raise PeftMoeError(
+                "a list of domains is for a single text; a pair of answers has one domain for both"
+            )
         index_BT = torch.full(real_BT.shape, UNKNOWN)
         for row, example in enumerate(examples):
             real = int(real_BT[row].sum())
@@ -68,9 +72,9 @@ class DomainCollator:
 
 
 def per_row_domains(inputs: dict[str, Any]) -> Tensor | None:
-    """The batch's ``domain_index``, for each of its rows; None without one.
+    """Return the batch's ``domain_index`` for each of its rows, or None without one.
 
-    Trainers of pairs stack both halves: all chosen answers, then all rejected ones to the same prompts.
+    Trainers of pairs stack the chosen answers, then the rejected answers to the same prompts.
     """
     domains: Tensor | None = inputs.get(DOMAIN_INDEX)
     ids = inputs.get("input_ids")
@@ -80,7 +84,7 @@ def per_row_domains(inputs: dict[str, Any]) -> Tensor | None:
 
 
 def needs_domains(config: MoLoraConfig, has_teacher: bool) -> str | None:
-    """The field, as ``name=value``, that cannot do without each sample's domain; None if there is none."""
+    """Return the config field, as ``name=value``, that needs each sample's domain; None if there is none."""
     names = [name for name in NEED_DOMAINS if getattr(config, name) != 0]
     if config.distillation_coef != 0 and not has_teacher:
         names.append("distillation_coef")
@@ -88,23 +92,24 @@ def needs_domains(config: MoLoraConfig, has_teacher: bool) -> str | None:
 
 
 def check_domains(dataset: Any, config: MoLoraConfig, args: Any, *, has_teacher: bool = False) -> None:
-    """Whether losses about the samples' domains, if the config asks for any, can find them.
+    """Check that losses that need the samples' domains get them.
 
     Args:
-        dataset: the trainer's, prepared; None and streams of unknown columns pass.
+        dataset: the trainer's prepared dataset; None and streams of unknown columns pass.
         config: the mixture's.
         args: the trainer's arguments.
-        has_teacher: whether the trainer was given a teacher, so that distillation needs no domain.
+        has_teacher: whether the trainer has a teacher, so that distillation needs no domain.
 
     Raises:
-        PeftMoeError: samples are packed, there is no column ``domain``, or no value in it names an expert.
+        PeftMoeError: samples are packed, there is no column ``domain``, or none of its values names an
+            expert.
     """
     field = needs_domains(config, has_teacher)
     if field is None or dataset is None:
         return
     if getattr(args, "packing", False) or getattr(args, "padding_free", False):
         raise PeftMoeError(
-            f"{field} cannot tell the domains of packed samples apart; set packing=False and "
+            f"{field} cannot distinguish the domains of packed samples; set packing=False and "
             "padding_free=False"
         )
     columns = getattr(dataset, "column_names", None)
@@ -120,10 +125,10 @@ def check_domains(dataset: Any, config: MoLoraConfig, args: Any, *, has_teacher:
 
 
 def refuse_unlabelled(config: MoLoraConfig, has_teacher: bool) -> None:
-    """A training batch came without domains: streams show only then that they have none.
+    """Refuse a training batch without domains, which shows only here if the dataset is a stream.
 
     Raises:
-        PeftMoeError: a loss needs them.
+        PeftMoeError: a loss needs the domains.
     """
     field = needs_domains(config, has_teacher)
     if field is not None:
@@ -138,19 +143,20 @@ def _or_a_teacher(field: str) -> str:
 
 
 def _names(dataset: Any) -> list[Any]:
-    found: dict[Any, None] = {}
+    """Return the distinct domains of a dataset, in order of appearance."""
+    names: dict[Any, None] = {}
     for domain in dataset[DOMAIN]:
-        found.update(dict.fromkeys(domain if isinstance(domain, list) else [domain]))
-    return list(found)
+        names.update(dict.fromkeys(domain if isinstance(domain, list) else [domain]))
+    return list(names)
 
 
 def _check_names(domains: list[Any], config: MoLoraConfig) -> None:
     missing = [name for name in config.routed_names if name not in domains]
     if len(missing) == len(config.routed_names):
-        other = next((domain for domain in domains if domain is not None), None)
+        example = next((domain for domain in domains if domain is not None), None)
         raise PeftMoeError(
-            f"no `domain` of the dataset names an expert, such as {other!r}."
-            f"{near_matches(str(other), missing)}"
+            f"no `domain` of the dataset names an expert; one is {example!r}, the experts are {missing}."
+            f"{near_matches(str(example), missing)}"
         )
     if missing and config.router_label_loss_coef != 0:
         warnings.warn(

@@ -1,1 +1,1 @@
-"""TRL trainers that train the router."""
+"""TRL's trainers for mixtures, and what they add to a training step."""

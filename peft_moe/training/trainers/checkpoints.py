@@ -1,7 +1,7 @@
-"""Checkpoints of a training that may be killed at any moment: which are whole, and which is the last of them.
+"""Checkpoints of a training run that may be killed at any moment: which are complete.
 
-A trainer writes a checkpoint file by file. ``seal`` writes ``COMPLETE.json`` as the last one, with the size
-and SHA-256 of every other, so that a torn, truncated or damaged checkpoint is told from a whole one.
+A trainer writes a checkpoint file by file. ``seal`` writes ``COMPLETE.json`` as the last file, with the size
+and SHA-256 of all others. The seal tells a complete checkpoint from a partial, truncated or damaged one.
 """
 
 from __future__ import annotations
@@ -22,83 +22,82 @@ from ...tuner.config.weights_file import read_json
 SEAL = "COMPLETE.json"
 STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What the next step depends on besides the weights, by the file's beginning.
-_NEEDED = {
+# What the next step depends on, by the first part of the file's name.
+_REQUIRED = {
     "adapter_model": "the weights",
     "adapter_config.json": "the mixture's config",
     "optimizer": "the optimizer's moments",
     "scheduler": "the learning rate's schedule",
     "rng_state": "the random numbers",
 }
-_CHUNK = 1 << 20
 
 
 def unseal(folder: Path) -> None:
-    """Before a checkpoint is written over another: what is there now no longer counts as whole."""
+    """Mark a checkpoint as incomplete before it is overwritten."""
     for name in (SEAL, STATE):
         (folder / name).unlink(missing_ok=True)
 
 
 def seal(folder: Path) -> None:
-    """After a checkpoint's last file: bring all of them to the disk, then say so.
+    """Flush all files of a finished checkpoint to the disk, then write the seal.
 
     Args:
-        folder: the checkpoint; nobody writes to it any more.
+        folder: the checkpoint, after its last file is written.
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     replace_file(
-        folder / SEAL, lambda beside: beside.write_text(json.dumps({"files": files}, indent=1) + "\n")
+        folder / SEAL, lambda temporary: temporary.write_text(json.dumps({"files": files}, indent=1) + "\n")
     )
     sync(folder)
 
 
-def what_is_wrong(folder: str | os.PathLike[str]) -> str | None:
-    """Why training cannot go on from a checkpoint as if it had never stopped; None if it can.
+def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
+    """Return why training cannot resume exactly from a checkpoint, or None if it can.
 
-    A checkpoint without a seal, such as one of a plain trainer, is whole if the trainer's last file is there
-    and all that the next step depends on.
+    A checkpoint without a seal, such as one of a plain trainer, is complete if it contains the file that the
+    trainer writes last and everything that the next step depends on.
     """
-    place = Path(folder)
-    if not place.is_dir():
+    path = Path(folder)
+    if not path.is_dir():
         return "there is no such folder"
-    if (place / SEAL).is_file():
-        return _broken_seal(place) or _lacks(place)
+    if (path / SEAL).is_file():
+        return _seal_fault(path) or _missing_state(path)
     try:
-        read_json(place / STATE)  # the trainer writes it last
+        read_json(path / STATE)  # the trainer writes it last
     except PeftMoeError:
-        return f"it has no {SEAL}, and {STATE} is missing or cut: the process died while it was written"
-    return _lacks(place)
+        return f"it has no {SEAL}, and {STATE} is missing or truncated: the process died while it was written"
+    return _missing_state(path)
 
 
 def last_good_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that is whole; None if there is none.
+    """Return the newest complete checkpoint of a run, or None if there is none.
 
     Args:
-        output_dir: of the trainer.
+        output_dir: the trainer's output folder.
 
     Returns:
         A path to give to ``trainer.train(resume_from_checkpoint=…)``.
     """
-    place = Path(output_dir)
-    found = {path: match for path in place.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
-    for path in sorted(found, key=lambda path: int(found[path][1]), reverse=True):
-        if what_is_wrong(path) is None:
+    folders = Path(output_dir).glob("checkpoint-*")
+    steps = {path: int(match[1]) for path in folders if (match := _NAME.fullmatch(path.name))}
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+        if checkpoint_fault(path) is None:
             return str(path)
     return None
 
 
 def checked_resume(resume: Any, output_dir: str | os.PathLike[str]) -> Any:
-    """What to hand to a trainer for ``resume_from_checkpoint``.
+    """Return the checked value of ``resume_from_checkpoint`` for a trainer.
 
     Args:
-        resume: True for the last checkpoint that is whole, a path, or nothing.
-        output_dir: of the trainer.
+        resume: True for the newest complete checkpoint, a path, or None or False for none.
+        output_dir: the trainer's output folder.
 
     Raises:
-        PeftMoeError: no checkpoint is whole, or the one that was named is not.
+        PeftMoeError: no checkpoint is complete, or the given one is not.
     """
     if not resume:
         return resume
@@ -106,54 +105,53 @@ def checked_resume(resume: Any, output_dir: str | os.PathLike[str]) -> Any:
         good = last_good_checkpoint(output_dir)
         if good is None:
             raise PeftMoeError(
-                f"resume_from_checkpoint=True: {output_dir} has no checkpoint that is whole; leave it out to "
+                f"resume_from_checkpoint=True: {output_dir} has no complete checkpoint; leave it out to "
                 "start from the beginning"
             )
         return good
-    wrong = what_is_wrong(resume)
-    if wrong:
+    fault = checkpoint_fault(resume)
+    if fault:
         good = last_good_checkpoint(Path(resume).parent)
-        fix = f"the last whole one is {good}" if good else "no checkpoint beside it is whole"
+        fix = f"the last complete one is {good}" if good else "no checkpoint beside it is complete"
         raise PeftMoeError(
-            f"resume_from_checkpoint={str(resume)!r}: {wrong}; {fix}. To start anew from its weights, load "
-            "them with PeftModel.from_pretrained(base, folder, is_trainable=True)"
+            f"resume_from_checkpoint={str(resume)!r}: {fault}; {fix}. To start a new run from its weights, "
+            "load them with PeftModel.from_pretrained(base, folder, is_trainable=True)"
         )
     return resume
 
 
-def _broken_seal(place: Path) -> str | None:
+def _seal_fault(folder: Path) -> str | None:
+    """Return which file differs from the seal, or None if all agree with it."""
     try:
-        files = read_json(place / SEAL)["files"]
-        for name, wanted in files.items():
-            path = place / name
+        files = read_json(folder / SEAL)["files"]
+        for name, saved in files.items():
+            path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
-                return f"{name} is not as it was saved"
+            if path.stat().st_size != saved["bytes"] or _sha256(path) != saved["sha256"]:
+                return f"{name} differs from what was saved"
     except (PeftMoeError, KeyError, TypeError, AttributeError):
         return f"{SEAL} is damaged"
     return None
 
 
-def _lacks(place: Path) -> str | None:
-    names = [path.name for path in place.rglob("*") if path.is_file()]
-    if any(path.is_dir() for path in place.glob("*optimizer*")) or any(place.glob("global_step*")):
+def _missing_state(folder: Path) -> str | None:
+    """Return what the next step depends on and the checkpoint lacks, or None if it lacks nothing."""
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    if any(path.is_dir() for path in folder.glob("*optimizer*")) or any(folder.glob("global_step*")):
         return None  # FSDP and DeepSpeed keep folders of their own
-    for start, what in _NEEDED.items():
-        if not any(name.startswith(start) for name in names):
-            return f"it has no {start}*: {what} would start anew, and with it another run"
-    for weights in place.rglob("adapter_model.safetensors"):
+    for prefix, content in _REQUIRED.items():
+        if not any(name.startswith(prefix) for name in names):
+            return f"it has no {prefix}*: {content} would start anew, which would be another run"
+    for weights in folder.rglob("adapter_model.safetensors"):
         try:
             with safe_open(str(weights), framework="pt", device="cpu"):
                 pass
         except (SafetensorError, OSError, ValueError, RuntimeError):
-            return f"{weights.relative_to(place)} is damaged"
+            return f"{weights.relative_to(folder)} is damaged"
     return None
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What must hold before the first step: the right things train, in a dtype in which they can."""
+"""Checks before the first step: the right parameters train, in float32, and every loss has an effect."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ...routers.losses import active_losses
 from ...routing.checkpointing import uses_reentrant
 from ...tuner.config.mixture import MoLoraConfig
 
-# A router is small and starts near zero: 300 steps of 1e-4 leave it where it was.
-SLOW = 5e-4
+# A router is small and starts near zero: 300 steps at 1e-4 hardly change it.
+_SLOW = 5e-4
 
 
 def mixture_config(model: nn.Module) -> tuple[str, MoLoraConfig]:
-    """The active mixture of a PeftModel: adapter name and config.
+    """Return adapter name and config of a PeftModel's active mixture.
 
     Raises:
-        PeftMoeError: the model carries none.
+        PeftMoeError: the model has no active mixture.
     """
     for adapter in model.active_adapters if isinstance(model, PeftModel) else []:
         config = model.peft_config[adapter]  # type: ignore[index]
@@ -36,15 +36,15 @@ def mixture_config(model: nn.Module) -> tuple[str, MoLoraConfig]:
 
 
 def trainable_names(model: nn.Module) -> list[str]:
-    """Names of all parameters that would train."""
+    """Return the names of all parameters that would train."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def check_trainable(model: nn.Module, config: MoLoraConfig) -> None:
-    """Only what the config names may train: routers, and experts or saved modules where asked for.
+    """Check that only what the config names would train: routers, and experts or saved modules if it says so.
 
     Raises:
-        PeftMoeError: something else would train, or nothing would.
+        PeftMoeError: another parameter would train, or none would.
     """
     names = trainable_names(model)
     allowed = [".molora_router."]
@@ -54,10 +54,10 @@ def check_trainable(model: nn.Module, config: MoLoraConfig) -> None:
         allowed.append(".modules_to_save.")
     if config.trainable_token_indices:
         allowed.append(".token_adapter.")
-    strangers = [name for name in names if not any(part in name for part in allowed)]
-    if strangers:
+    unexpected = [name for name in names if not any(part in name for part in allowed)]
+    if unexpected:
         raise PeftMoeError(
-            f"{len(strangers)} parameters would train that should be frozen, such as {strangers[0]}; build "
+            f"{len(unexpected)} parameters would train that should be frozen, such as {unexpected[0]}; build "
             "the model with get_peft_model() and leave requires_grad alone"
         )
     if not names:
@@ -68,10 +68,13 @@ def check_trainable(model: nn.Module, config: MoLoraConfig) -> None:
 
 
 def check_checkpointing(model: nn.Module, config: MoLoraConfig) -> None:
-    """Losses and balancing read what a forward pass recorded; reentrant checkpointing records nothing.
+    """Refuse reentrant gradient checkpointing where losses or load balancing need recorded decisions.
+
+    Its first forward pass runs without gradients and its second one in the backward pass, so that no decision
+    is recorded with gradients while the loss is computed.
 
     Raises:
-        PeftMoeError: with the fix.
+        PeftMoeError: a loss or the load balancing would have no effect.
     """
     names = active_losses(config)
     if config.router_bias_update_rate:
@@ -84,10 +87,10 @@ def check_checkpointing(model: nn.Module, config: MoLoraConfig) -> None:
 
 
 def check_teacher(teacher: nn.Module | None, config: MoLoraConfig) -> None:
-    """A teacher is for distillation.
+    """Refuse a teacher without distillation.
 
     Raises:
-        PeftMoeError: one was given, and nothing asks for it.
+        PeftMoeError: a teacher is given, and ``distillation_coef`` is 0.
     """
     if teacher is not None and not config.distillation_coef:
         raise PeftMoeError(
@@ -96,7 +99,7 @@ def check_teacher(teacher: nn.Module | None, config: MoLoraConfig) -> None:
 
 
 def refuse_distillation(trainer: Any, config: MoLoraConfig) -> None:
-    """A trainer whose batches hold no labels was asked to distil.
+    """Refuse distillation in a trainer whose batches hold no labels.
 
     Raises:
         PeftMoeError: always.
@@ -108,7 +111,7 @@ def refuse_distillation(trainer: Any, config: MoLoraConfig) -> None:
 
 
 def router_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all routers' weights, by name."""
+    """Return copies of all routers' weights, by name."""
     return {
         f"{name}.{key}": value.detach().clone()
         for name, module in model.named_modules()
@@ -118,26 +121,26 @@ def router_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def restore_router_precision(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Undo a cast of the routers to less than float32.
+    """Undo a cast of the routers to a lower precision than float32.
 
-    TRL casts every trainable parameter of a 4-bit model to bf16, where steps of a small learning rate
-    round to nothing.
+    TRL casts every trainable parameter of a 4-bit model to bf16, which rounds the steps of a small learning
+    rate to zero.
 
     Args:
-        model: whose routers to mend.
-        before: their weights before the cast, where they were known.
+        model: the model whose routers are restored.
+        before: the routers' weights before the cast, by name; a weight that is missing here is cast back.
     """
     for name, module in model.named_modules():
         if isinstance(module, Router):
             for key, parameter in module.named_parameters():
                 if parameter.dtype != torch.float32:
-                    kept = before.get(f"{name}.{key}")
-                    parameter.data = parameter.data.float() if kept is None else kept.to(parameter.device)
+                    exact = before.get(f"{name}.{key}")
+                    parameter.data = parameter.data.float() if exact is None else exact.to(parameter.device)
 
 
 def warn_slow_router(args: Any, config: MoLoraConfig) -> None:
-    """Warn where only the router trains, at the learning rate of an adapter."""
-    if args.learning_rate < SLOW and not config.experts_train:
+    """Warn if only the router trains, at the learning rate of an adapter."""
+    if args.learning_rate < _SLOW and not config.experts_train:
         warnings.warn(
             f"learning_rate={args.learning_rate} hardly moves a router; 5e-3 to 1e-2 is usual when nothing "
             "else trains",

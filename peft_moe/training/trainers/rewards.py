@@ -1,4 +1,4 @@
-"""Rewards that a recipe can name: completions compared with the right answer of each prompt."""
+"""Rewards that a recipe can name; they compare each completion with the right answer to its prompt."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ Reward = Callable[..., list[float]]
 
 
 def exact(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:
-    """1 where a completion is the answer, but for white space around it; else 0."""
+    """Return 1 for each completion that equals the answer, apart from surrounding white space, and else 0."""
     return [float(_text(c) == _text(a)) for c, a in zip(completions, answer, strict=True)]
 
 
 def overlap(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:
-    """Share of places at which the answer's character stands, of the longer text; 1 only where all do.
+    """Return the share of positions at which completion and answer have the same character.
 
-    It tells wrong completions apart, where ``exact`` gives none of a group anything to learn from.
+    The share is of the longer text, so that it is 1 only for equal texts. It ranks wrong completions, where
+    ``exact`` gives all completions of a group the same reward, from which GRPO learns nothing.
     """
     pairs = [(_text(c), _text(a)) for c, a in zip(completions, answer, strict=True)]
     return [
-        sum(x == y for x, y in zip(one, other, strict=False)) / max(len(one), len(other), 1)
-        for one, other in pairs
+        sum(x == y for x, y in zip(text, right, strict=False)) / max(len(text), len(right), 1)
+        for text, right in pairs
     ]
 
 
@@ -33,16 +34,16 @@ REWARDS: dict[str, Reward] = {"exact": exact, "overlap": overlap}
 
 
 def reward_named(name: str) -> Reward:
-    """A reward by its name, or of one's own as ``file.py:function``.
+    """Return a reward by its name, or a user's function as ``file.py:function``.
 
     Raises:
-        PeftMoeError: there is none of that name, no such file, or no such function in it.
+        PeftMoeError: the name, the file or the function in it does not exist.
     """
     if name in REWARDS:
         return REWARDS[name]
-    place, _, function = name.rpartition(":")
-    path = Path(place).expanduser()
-    if not place.endswith(".py") or not path.is_file():
+    file, _, function = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not file.endswith(".py") or not path.is_file():
         raise PeftMoeError(
             f"rewards: {name!r} is neither a reward nor a function in a file (rewards.py:my_reward)."
             f"{near_matches(name, REWARDS)}"
@@ -52,14 +53,14 @@ def reward_named(name: str) -> Reward:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
+    loaded = getattr(module, function, None)
+    if not callable(loaded):
         options = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise PeftMoeError(f"rewards: {path} has no function {function!r}.{near_matches(function, options)}")
-    reward: Reward = found
+    reward: Reward = loaded
     return reward
 
 
 def _text(value: Any) -> str:
-    """A completion's text; of a chat, what the last message says."""
+    """Return a completion's text, which in a chat is the content of the last message."""
     return str(value if isinstance(value, str) else value[-1]["content"]).strip()

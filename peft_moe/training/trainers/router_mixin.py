@@ -21,8 +21,8 @@ from ...routing.model_call import IGNORE
 from ...tuner.layers.shared_router import named_routers
 from ..data.balanced_sampler import balanced_sampler
 from ..data.domain_labels import (
+    COLUMNS,
     DOMAIN_INDEX,
-    OURS,
     DomainCollator,
     check_domains,
     per_row_domains,
@@ -170,7 +170,7 @@ class RouterTrainerMixin:
         # The trainer drops all columns that are not listed here before the collator sees them.
         columns: list[str] | None = getattr(self, "_signature_columns", None)
         if columns is not None:
-            self._signature_columns = [*columns, *(name for name in OURS if name not in columns)]
+            self._signature_columns = [*columns, *(name for name in COLUMNS if name not in columns)]
 
     def compute_loss(
         self,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a mixture's router with TRL."""
+"""TRL's trainer for supervised fine-tuning on a mixture."""
 
 from __future__ import annotations
 
