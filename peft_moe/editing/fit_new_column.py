@@ -18,8 +18,8 @@ from ..errors import PeftMoeError
 from ..fitting.router_inputs import InputReader
 from ..fitting.samples import labelled_rows
 from ..fitting.solvers import FILLS, Values
-from ..fitting.streaming import Plan, fit_streamed
-from ..fitting.sufficient_statistics import Inputs
+from ..fitting.streaming import StreamSettings, fit_streamed
+from ..fitting.sufficient_statistics import InputStatistics
 from ..fitting.token_rows import TokenRows
 from ..routers import Router, Scorer
 from ..routers.scorers.learned import LinearScorer
@@ -45,10 +45,10 @@ class RowFit:
     def run(self, mixture: LiveMixture) -> None:
         """Read the texts through the edited model, and write the rows."""
         routers = dict(named_routers(mixture.inner, mixture.adapter))
-        plan = Plan(False, _KEEP, 0, _MEMORY, self.batch_size, self.progress)
+        settings = StreamSettings(False, _KEEP, 0, _MEMORY, self.batch_size, self.progress)
         reader = InputReader(mixture.inner, mixture.adapter, mixture.config, "own")
         solve = partial(_SOLVERS[self.init], self.column)
-        fitted = fit_streamed(reader, routers, self.rows, plan, solve, _STRENGTH)
+        fitted = fit_streamed(reader, routers, self.rows, settings, solve, _STRENGTH)
         with torch.no_grad():
             for name, router in routers.items():
                 for key, value in fitted.values[name].items():
@@ -85,7 +85,7 @@ def row_fit(
         )
     if data is None or tokenizer is None:
         raise PeftMoeError(f"init={init!r} reads texts; give data (samples with a `domain`) and tokenizer")
-    rows = labelled_rows(data, config, tokenizer, whole=config.router_granularity != "sequence")
+    rows = labelled_rows(data, config, tokenizer, completions=config.router_granularity != "sequence")
     column = config.routed_names.index(name)
     own = sum(label == column for label in rows.labels)
     alone = isinstance(router.scorer, CentroidScorer)
@@ -95,7 +95,7 @@ def row_fit(
     return RowFit(rows, column, init, batch_size, progress)
 
 
-def _centroid_row(column: int, scorer: Scorer, inputs: Inputs, strength: float) -> Values:
+def _centroid_row(column: int, scorer: Scorer, inputs: InputStatistics, strength: float) -> Values:
     """Mean input of the new expert, seen from the router's origin; a linear row also from the other texts.
 
     A linear row has the others' mean length, and its bias puts the border midway between the new texts and
@@ -119,7 +119,7 @@ def _centroid_row(column: int, scorer: Scorer, inputs: Inputs, strength: float) 
     return _with_row(scorer, column, weight=row_I, bias=-border)
 
 
-def _fitted_row(column: int, scorer: Scorer, inputs: Inputs, strength: float) -> Values:
+def _fitted_row(column: int, scorer: Scorer, inputs: InputStatistics, strength: float) -> Values:
     """The row of least cross-entropy beside the others' scores: a convex problem, solved by L-BFGS."""
     assert isinstance(scorer, LinearScorer)
     others = [c for c in range(scorer.settings.num_columns) if c != column]
@@ -156,7 +156,9 @@ def _with_row(scorer: Scorer, column: int, **row: Tensor) -> Values:
     return values
 
 
-def _rows_of(scorer: LinearScorer, inputs: Inputs, others: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_of(
+    scorer: LinearScorer, inputs: InputStatistics, others: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Kept features [M, I], labels [M] and the other columns' scores [M, X-1], float64 on the CPU."""
     x_MI, labels_M = inputs.sample()
     x_MI = x_MI.double()

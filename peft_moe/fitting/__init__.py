@@ -1,4 +1,4 @@
-"""Routers without gradients: solved from hidden states of labelled prompts."""
+"""Fitting: a mixture's routers from texts with known experts, in one pass and without gradients."""
 
 from .fit import FitReport, fit_router
 

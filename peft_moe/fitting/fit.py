@@ -1,15 +1,16 @@
-"""``fit_router``: a mixture's routers from texts with known experts, in seconds.
+"""``fit_router``: fits a mixture's routers to texts with known experts, in seconds.
 
-Each router is fitted on what it reads itself, in whatever scope: a hidden state per prompt, or one per token
-of prompt and completion. The texts are read once (or once per group of routers), and only sums over them are
-kept, except for a sample of rows for "logistic".
+In every scope, each router is fitted on its own inputs: one hidden state per prompt, or one per token of
+prompt and completion. The texts are read once, or once per group of routers if memory is short. Only sums
+over their hidden states remain, and a random sample of them.
 
-- "logistic": multinomial logistic regression (scikit-learn) on standardised features; linear routers.
-- "ridge": least squares on one-hot labels (DUME, arXiv 2603.29765); linear routers.
-- "centroid": each expert's mean input (mergekit); routers "centroid", "linear", "phatgoose".
-- "phatgoose": a gate per expert, trained on it alone with the language model's loss (arXiv 2402.05859);
-  routers "phatgoose". The only method with gradients.
-- "arrow": no texts; routers made from the experts' weights read them again, after these were trained.
+- "logistic": multinomial logistic regression (scikit-learn) on standardised features, for linear routers.
+- "ridge": least squares on one-hot labels (DUME, arXiv 2603.29765), for linear routers.
+- "centroid": each expert's mean input (mergekit), for centroid, linear and PHATGOOSE routers.
+- "phatgoose": one gate per expert, trained with that expert alone by the language model's loss (arXiv
+  2402.05859), for PHATGOOSE routers. This is the only method with gradients.
+- "arrow": reads no texts; routers that are made from the experts' weights are made again from the present
+ones.
 """
 
 from __future__ import annotations
@@ -32,28 +33,27 @@ from .phatgoose import train_vectors
 from .router_inputs import INPUTS, InputReader
 from .samples import Prompts, described_rows, labelled_rows
 from .solvers import FILLS, REGULARISATION, SOLVERS
-from .streaming import Plan, fit_streamed
+from .streaming import StreamSettings, fit_streamed
 from .token_rows import TokenRows
 
 METHODS = (*SOLVERS, "phatgoose", "arrow")
-# Rows per router that the reported accuracy is measured on, where the method itself keeps none.
-_MEASURED = 512
+# Sampled rows per router for the reported accuracy, if the method itself needs no sample.
+_ACCURACY_ROWS = 512
 
 
 @dataclass
 class FitReport:
-    """What a fit saw.
+    """The result of a fit.
 
     Attributes:
-        method: how it was fitted.
-        samples: rows that one router was fitted on: prompts, or tokens for one that decides per token.
-        per_column: texts per expert, by name ("null" for the null expert).
-        training_accuracy: share of rows that the fitted routers send where their label says, the mean over
-            routers; of the rows that were kept, where there were more.
-        kept: rows per router that were kept; all of them unless ``max_rows`` is smaller.
-        accuracies: the same share for each router, by name.
-        passes: how often the texts were read.
-        losses: of "phatgoose", each expert's first and last loss.
+        method: the method of the fit.
+        samples: rows that one router was fitted on: prompts, or tokens if it decides per token.
+        per_column: number of texts per expert, by name ("null" for the null expert).
+        training_accuracy: share of sampled rows whose highest score is at their label, the mean over routers.
+        kept: sampled rows per router; all rows unless ``max_rows`` is smaller.
+        accuracies: the share for each router, by name.
+        passes: number of times that the texts were read.
+        losses: for "phatgoose", each expert's mean loss at the start and at the end, by name.
     """
 
     method: str
@@ -84,60 +84,60 @@ def fit_router(
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> FitReport:
-    """Fit a mixture's routers on texts with known experts; they can be trained further afterwards.
+    """Fit a mixture's routers to texts with known experts; they can be trained further afterwards.
 
     Args:
         model: a PeftModel with a mixture.
         data: samples with ``prompt`` (text or chat messages), ``messages``, or ``text`` (not for decisions
-            per prompt), and ``domain``: an expert's name; any other name means "none of them" and needs
-            ``null_expert=True``. Routers that decide per token read a ``completion`` as well.
-        tokenizer: of the base; its padding is excluded.
-        method: "logistic", "ridge", "centroid", "phatgoose" or "arrow", see above; default: the preset's.
+            per prompt), and ``domain``, which is an expert's name. Any other name means the null expert and
+            needs ``null_expert=True``. Routers that decide per token also read a ``completion``.
+        tokenizer: of the base.
+        method: "logistic", "ridge", "centroid", "phatgoose" or "arrow", see above; None takes the preset's.
         prompts: for "centroid", instead of data: ``{"math": {"positive": [...], "negative": [...]}}``.
-        regularisation: weight of the L2 penalty. Default 1 for "logistic", 0.01 for "ridge".
-        inputs: of routers per module or block, what the layers below do: "own" (each text's own expert is
-            on, as behind routers that are right) or "base" (no expert adds anything). What an expert did
-            below tells the routers above which one it was: "own" makes them follow the lowest.
-        batch_size: texts per pass.
-        max_rows: rows per router that "logistic" keeps, drawn at random.
-        max_gigabytes: what the routers of one pass may keep (one router may exceed it).
+        regularisation: weight of the L2 penalty. The default is 1 for "logistic" and 0.01 for "ridge".
+        inputs: for routers per module or block, the experts that are active in the layers below: "own" (each
+            text's own expert, as if all routers below decided correctly) or "base" (none). An expert changes
+            the hidden states above it in its own way: with "own", higher routers follow the lowest one.
+        batch_size: texts per call.
+        max_rows: sampled rows per router for "logistic".
+        max_gigabytes: largest memory of the statistics of one pass; a single router may exceed it.
         steps, learning_rate: of "phatgoose", per expert.
-        seed: of everything drawn.
-        adapter_name: which mixture; default: the active one.
+        seed: of all draws.
+        adapter_name: the mixture's name; None takes the active one.
         progress: whether to show bars.
 
     Raises:
-        PeftMoeError: the model carries no mixture, its router is of a kind that the method cannot fill, a
-            sample lacks its prompt or domain, or an expert has no sample.
+        PeftMoeError: the model has no mixture, the method cannot fill its router, a sample lacks its prompt
+            or domain, or an expert has no sample.
     """
     adapter, config = _mixture(model, adapter_name)
     method = _method(method, inputs, config)
     if method == "arrow":
         return _read_experts(model, adapter, config)
-    keep = max_rows if method == "logistic" else min(max_rows, _MEASURED)
-    limit = int(max_gigabytes * 1e9)
-    plan = Plan(method == "ridge", keep, seed, limit, batch_size, progress)
+    keep = max_rows if method == "logistic" else min(max_rows, _ACCURACY_ROWS)
+    max_bytes = int(max_gigabytes * 1e9)
+    settings = StreamSettings(method == "ridge", keep, seed, max_bytes, batch_size, progress)
     strength = REGULARISATION.get(method, 0.0) if regularisation is None else regularisation
-    job = _Job(model, adapter, config, method, plan, inputs, strength, steps, learning_rate)
+    job = _Job(model, adapter, config, method, settings, inputs, strength, steps, learning_rate)
     return job.run(data, prompts, tokenizer)
 
 
 @dataclass
 class _Job:
-    """One call of :func:`fit_router`, checked and with its defaults filled in."""
+    """One call of :func:`fit_router` with checked arguments and resolved defaults."""
 
     model: nn.Module
     adapter: str
     config: MoLoraConfig
     method: str
-    plan: Plan
+    settings: StreamSettings
     inputs: str
     strength: float
     steps: int
     learning_rate: float
 
     def run(self, data: Iterable[Mapping[str, Any]], prompts: Prompts | None, tokenizer: Any) -> FitReport:
-        """Read, solve, and only then write."""
+        """Read the texts, solve for all routers, and only then write their weights."""
         inner: nn.Module = self.model.get_base_model()  # type: ignore[operator]
         routers = dict(named_routers(inner, self.adapter))
         _check_routers(routers, self.method, self.config)
@@ -147,9 +147,9 @@ class _Job:
         losses = {}
         if self.method == "phatgoose":
             how = {"steps": self.steps, "learning_rate": self.learning_rate}
-            losses = train_vectors(inner, self.config, routers, rows, self.plan, **how)  # type: ignore[arg-type]
+            losses = train_vectors(inner, self.config, routers, rows, self.settings, **how)  # type: ignore[arg-type]
         reader = InputReader(inner, self.adapter, self.config, self.inputs)
-        fitted = fit_streamed(reader, routers, rows, self.plan, SOLVERS.get(self.method), self.strength)
+        fitted = fit_streamed(reader, routers, rows, self.settings, SOLVERS.get(self.method), self.strength)
         with torch.no_grad():
             for name, router in routers.items():
                 for key, value in fitted.values[name].items():
@@ -199,17 +199,19 @@ def _check_routers(routers: Mapping[str, Router], method: str, config: MoLoraCon
             f"preset that {method!r} fits, or another method"
         )
     if scorers[0].settings.num_columns == 1:
-        raise PeftMoeError("one expert and no null expert: there is nothing to choose, hence nothing to fit")
+        raise PeftMoeError(
+            "one expert and no null expert: there is nothing to choose and therefore nothing to fit"
+        )
 
 
 def _check_runs(model: nn.Module, adapter: str, config: MoLoraConfig, method: str) -> None:
-    # A probe asks the bare base; everything else runs the mixture itself.
+    # A probe runs the bare base alone; all other reading runs the mixture itself.
     probes = config.router_scope == "model" and config.router_below_tap != "prompt"
     inner: nn.Module = model.get_base_model()  # type: ignore[operator]
     active: list[str] = model.active_adapters  # type: ignore[assignment]
     if active != [adapter] and not (probes and method != "phatgoose"):
         raise PeftMoeError(
-            f"adapter {adapter!r} is to be fitted, and the active ones are {active}; call "
+            f"adapter {adapter!r} is to be fitted, but the active adapters are {active}; call "
             f"set_adapter({adapter!r}) first"
         )
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
@@ -232,12 +234,12 @@ def _rows(
     if prompts is not None and method != "centroid":
         raise PeftMoeError(f"prompts describe experts for method='centroid', not for {method!r}; give data")
     if prompts is None:
-        whole = method == "phatgoose" or config.router_granularity != "sequence"
-        rows = labelled_rows(data, config, tokenizer, whole=whole)
+        completions = method == "phatgoose" or config.router_granularity != "sequence"
+        rows = labelled_rows(data, config, tokenizer, completions=completions)
     else:
         rows = described_rows(prompts, config, tokenizer, columns)
-    found = Counter(rows.labels)
-    counts = [found[column] for column in range(columns)]
+    by_label = Counter(rows.labels)
+    counts = [by_label[column] for column in range(columns)]
     names = [*config.routed_names, "null"][:columns]
     missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if missing and not (method == "phatgoose" and missing == ["null"]):

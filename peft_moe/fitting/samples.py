@@ -1,4 +1,4 @@
-"""From labelled samples to token rows that a router may look at."""
+"""From labelled samples to rows of tokens, and from rows to padded batches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SIDES = ("positive", "negative")
 
 @dataclass
 class Batch:
-    """Rows padded to one length, always on the right.
+    """Rows padded on the right to one length.
 
     Attributes:
         call: ``input_ids`` and ``attention_mask``, [B, T].
         prompt: True at prompt tokens, bool [B, T].
-        labels: of the rows, long [B].
+        labels: labels of the rows, long [B].
     """
 
     call: dict[str, Tensor]
@@ -34,16 +34,16 @@ class Batch:
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         call = {name: value.to(device) for name, value in self.call.items()}
         return Batch(call, self.prompt.to(device), self.labels.to(device))
 
 
 def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
-    """Rows of similar length together, on the right whatever the tokenizer prefers.
+    """Yield batches of rows of similar length, padded on the right, whatever the tokenizer's padding side.
 
-    Positions then count from 0 in every base; the mask hides the padding, hence any id will do, and a
-    tokenizer without a pad token too.
+    With padding on the right, positions count from 0 in every base. The attention mask hides the padding, so
+    that its token id does not matter and the tokenizer needs no pad token.
     """
     lengths = rows.lengths if isinstance(rows, TokenRows) else [len(row.ids) for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
@@ -60,18 +60,18 @@ def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
 
 
 def labelled_rows(
-    data: Iterable[Mapping[str, Any]], config: MoLoraConfig, tokenizer: Any, *, whole: bool
+    data: Iterable[Mapping[str, Any]], config: MoLoraConfig, tokenizer: Any, *, completions: bool
 ) -> TokenRows:
-    """Samples with their router's column.
+    """Tokenise samples; the label of a row is the router column of the sample's domain.
 
     Args:
         data: samples with ``prompt``, ``messages`` or ``text``, and ``domain``.
         config: the mixture's.
         tokenizer: of the base.
-        whole: whether completions are read, too; otherwise a row ends where its prompt does.
+        completions: whether rows contain the completions; otherwise they end after the prompt.
 
     Raises:
-        PeftMoeError: a sample lacks its prompt or domain, or its domain is none of the mixture's.
+        PeftMoeError: a sample lacks its prompt or domain, or its domain is no expert's.
     """
     column_of = domain_columns(config)
     rows = TokenRows()
@@ -83,19 +83,20 @@ def labelled_rows(
         if column == UNKNOWN:
             raise PeftMoeError(
                 f"domain={domain!r} is no expert.{near_matches(str(domain), config.expert_names)} "
-                "Set null_expert=True to let it mean none of them"
+                "Set null_expert=True to let other domains mean the null expert"
             )
-        rows.append(sample_row(sample, column, tokenizer, whole=whole))
+        rows.append(sample_row(sample, column, tokenizer, completions=completions))
     return rows
 
 
 def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, columns: int) -> TokenRows:
-    """Examples per expert: ``{"math": {"positive": [...], "negative": [...]}}``; "negative" may be absent.
+    """Tokenise examples per expert: ``{"math": {"positive": [...], "negative": [...]}}``.
 
-    Any name that is no expert's describes the null expert.
+    "negative" is optional. With a null expert, any other name describes it. Labels of negative examples are
+    ``columns`` above those of positive ones.
 
     Raises:
-        PeftMoeError: unknown names, or an expert without positive examples.
+        PeftMoeError: a name is unknown, or examples are one text instead of a list.
     """
     column_of = domain_columns(config)
     rows = TokenRows()
@@ -104,7 +105,7 @@ def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, colum
         if column == UNKNOWN:
             raise PeftMoeError(
                 f"prompts: {name!r} is no expert.{near_matches(name, config.routed_names)} Set "
-                "null_expert=True to let it mean none of them"
+                "null_expert=True to let other names mean the null expert"
             )
         for side, examples in sides.items():
             if side not in SIDES:
@@ -112,35 +113,37 @@ def described_rows(prompts: Prompts, config: MoLoraConfig, tokenizer: Any, colum
             if isinstance(examples, str):
                 raise PeftMoeError(f"prompts[{name!r}][{side!r}] is one text; give a list of prompts")
             label = column + columns * SIDES.index(side)
-            for one in examples:
-                rows.append(sample_row({"prompt": one}, label, tokenizer, whole=False))
+            for prompt in examples:
+                rows.append(sample_row({"prompt": prompt}, label, tokenizer, completions=False))
     return rows
 
 
-def sample_row(sample: Mapping[str, Any], label: int, tokenizer: Any, *, whole: bool) -> Row:
-    """One sample's tokens.
+def sample_row(sample: Mapping[str, Any], label: int, tokenizer: Any, *, completions: bool) -> Row:
+    """Tokenise one sample.
 
     Raises:
-        PeftMoeError: it has no prompt, or one without tokens.
+        PeftMoeError: the sample has no prompt, or its prompt has no token.
     """
-    prompt, answer = _parts(sample, whole)
+    prompt, answer = _parts(sample, completions)
     ids = _ids(prompt, tokenizer, opens_answer=True)
-    if not whole or answer is None:
+    if not completions or answer is None:
         return Row(ids, label, len(ids))
     both = _ids(prompt + answer, tokenizer, opens_answer=False)
-    # A token that straddles the border began in the prompt, but no router sees it there at inference.
-    same = next((n for n, (a, b) in enumerate(zip(ids, both, strict=False)) if a != b), len(ids))
-    return Row(both, label, min(same, len(both)))
+    # A tokenizer may merge the end of the prompt with the start of the completion into one token. At
+    # inference the prompt stands alone and has no such token, so that only the tokens that both share count
+    # as prompt.
+    shared = next((n for n, (a, b) in enumerate(zip(ids, both, strict=False)) if a != b), len(ids))
+    return Row(both, label, min(shared, len(both)))
 
 
-def _parts(sample: Mapping[str, Any], whole: bool) -> tuple[Any, Any]:
-    """Prompt and answer: texts or lists of messages; no answer where there is none."""
+def _parts(sample: Mapping[str, Any], completions: bool) -> tuple[Any, Any]:
+    """Return prompt and answer, each a text or a list of messages; the answer may be None."""
     if "prompt" in sample:
         return sample["prompt"], sample.get("completion")
     if sample.get("messages"):
         *before, last = sample["messages"]
         return (before, [last]) if last["role"] == "assistant" else (sample["messages"], None)
-    if whole and "text" in sample:
+    if completions and "text" in sample:
         return sample["text"], None
     raise PeftMoeError(
         f"a sample with {sorted(sample)} has no prompt to fit on; give it a `prompt` or `messages` (a router "

@@ -11,12 +11,12 @@ from typing import overload
 
 @dataclass
 class Row:
-    """One text to fit on.
+    """One tokenised text to fit on.
 
     Attributes:
-        ids: its tokens.
-        label: the router's column of its expert; X + column for an example of what is not its expert's.
-        prompt: how many of its tokens are prompt.
+        ids: token ids.
+        label: router column of the text's expert; X + column for a negative example of that expert.
+        prompt: number of prompt tokens, which come first.
     """
 
     ids: list[int]
@@ -25,17 +25,17 @@ class Row:
 
 
 class TokenRows(Sequence[Row]):
-    """Rows that are read again and again, in any order, from a file without a name.
+    """A sequence of rows whose tokens are in an anonymous temporary file.
 
-    Each costs 24 bytes of memory, whatever its length; its tokens take 4 bytes each on disk, where
-    ``tempfile`` puts its files (``TMPDIR``). A list of Python's numbers takes 36 bytes a token.
+    A row costs 24 bytes of memory, whatever its length. Its tokens take 4 bytes each on disk, in the folder
+    of ``tempfile`` (``TMPDIR``). A list of Python's numbers would take 36 bytes per token.
 
     Args:
-        rows: to begin with.
+        rows: rows to append at once.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the rows live
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as this object exists
         self._end = 0
         self._starts, self._labels, self._prompts = array("q"), array("i"), array("i")
         self.lengths = array("i")
@@ -43,8 +43,8 @@ class TokenRows(Sequence[Row]):
             self.append(row)
 
     def append(self, row: Row) -> None:
-        """Write one more."""
-        # Not at the file's own place: others may have read meanwhile.
+        """Append one row."""
+        # Reads move the position of the file, hence the seek.
         tokens = array("i", row.ids).tobytes()
         self._file.seek(self._end)
         self._file.write(tokens)
@@ -56,7 +56,7 @@ class TokenRows(Sequence[Row]):
 
     @property
     def labels(self) -> Sequence[int]:
-        """Of all rows, without reading their tokens."""
+        """The labels of all rows, without reading their tokens."""
         return self._labels
 
     @overload
@@ -64,7 +64,7 @@ class TokenRows(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> list[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        """A row with its tokens; of a slice, all of its rows."""
+        """Read one row, or the rows of a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         tokens = array("i")
@@ -73,7 +73,7 @@ class TokenRows(Sequence[Row]):
         return Row(tokens.tolist(), self._labels[index], self._prompts[index])
 
     def __iter__(self) -> Iterator[Row]:
-        """In the order in which they came."""
+        """Read the rows in the order in which they were appended."""
         return (self[index] for index in range(len(self)))
 
     def __len__(self) -> int:

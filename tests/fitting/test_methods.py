@@ -25,7 +25,7 @@ from peft_moe import MoLoraConfig, PeftMoeError, routing_inputs
 from peft_moe.fitting import FitReport, fit_router
 from peft_moe.fitting.router_inputs import InputReader
 from peft_moe.fitting.samples import batches, labelled_rows
-from peft_moe.fitting.sufficient_statistics import Inputs
+from peft_moe.fitting.sufficient_statistics import InputStatistics
 from peft_moe.fitting.token_rows import Row, TokenRows
 from peft_moe.tuner.layers.linear import MoLoraLayer
 
@@ -125,7 +125,7 @@ def test_ridge_is_the_closed_form_on_the_true_inputs(zoo: Zoo, scope: str, behin
     penalty = 0.3 * np.mean(np.sum(h * h, axis=0)) * np.eye(h.shape[1])
     wanted = np.linalg.inv(h.T @ h + penalty) @ (h.T @ (y - y.mean(0)))
     bias = y.mean(0) - x.numpy().mean(0) @ wanted
-    # Inputs are float32 hidden states of two implementations; the weights are of size 0.1.
+    # InputStatistics are float32 hidden states of two implementations; the weights are of size 0.1.
     torch.testing.assert_close(
         router.scorer.weight.double(), torch.from_numpy(wanted.T), atol=2e-5, rtol=1e-3
     )
@@ -231,7 +231,7 @@ def test_batches_and_padding_do_not_matter(zoo: Zoo, method: str) -> None:
 
 @pytest.mark.parametrize("gram", [False, True])
 def test_sums_do_not_grow_with_the_rows(gram: bool) -> None:
-    inputs = Inputs(16, 4, gram=gram, keep=50)
+    inputs = InputStatistics(16, 4, gram=gram, keep=50)
     sizes = set()
     rows, labels = torch.randn(4000, 16), torch.randint(0, 4, (4000,))
     for part in range(40):
@@ -239,7 +239,7 @@ def test_sums_do_not_grow_with_the_rows(gram: bool) -> None:
         held = [value for value in vars(inputs).values() if isinstance(value, Tensor)]
         sizes.add(sum(value.untyped_storage().nbytes() for value in held))
     assert len(sizes) == 1
-    assert sizes.pop() <= Inputs.num_bytes(16, 4, gram=gram, keep=50)
+    assert sizes.pop() <= InputStatistics.num_bytes(16, 4, gram=gram, keep=50)
     torch.testing.assert_close(inputs.sums[2], rows[labels == 2].double().sum(0))
     kept, of = inputs.sample()
     assert len(kept) == len(of) == 50
@@ -258,7 +258,7 @@ def test_streaming_keeps_no_features(zoo: Zoo) -> None:
     assert len(by_name) == len(layers)
 
     def peak(copies: int) -> int:
-        rows = labelled_rows(ROWS * copies, config, tokenizer(), whole=True)
+        rows = labelled_rows(ROWS * copies, config, tokenizer(), completions=True)
         rows = TokenRows(Row(row.ids[:4], row.label, 4) for row in rows)  # batches of one size
         sizes: list[int] = []
 

@@ -131,7 +131,7 @@ def test_pairs_fit_or_are_refused() -> None:
     limit = sorted(lengths)[20] * 2
     joined = with_switches(rows, 0.25, seed=0, max_length=limit)
     assert max(sum(row["turn_lengths"]) for row in joined if len(row["domain"]) == 2) <= limit
-    with pytest.raises(PeftMoeError, match=r"needs 8 pairs .* within max_length=4, and 0 were found"):
+    with pytest.raises(PeftMoeError, match=r"needs 8 pairs .* within max_length=4, but there are 0"):
         with_switches(rows, 0.25, seed=0, max_length=4)
     alone = rows.filter(lambda row: row["domain"] == "wide")
     with pytest.raises(PeftMoeError, match=r"needs 2 pairs .* but there are 0 in \{'wide': 10\}"):

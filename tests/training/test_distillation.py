@@ -211,7 +211,7 @@ def test_teachers_that_cannot_teach(zoo: Zoo, tmp_path: Path) -> None:
         make_trainer("sft", zoo.mixture("llama", "top2"), data, tmp_path, given={"teacher": other})
     with pytest.raises(PeftMoeError, match="needs a causal language model, not a T5"):
         make_trainer("plain", zoo.mixture("t5", "top2", distillation_coef=1.0), data, tmp_path)
-    with pytest.raises(PeftMoeError, match="packed samples apart"):
+    with pytest.raises(PeftMoeError, match="domains of packed samples"):
         make_trainer("sft", model, Dataset.from_list(samples(4)), tmp_path, packing=True, max_length=32)
 
 

@@ -85,7 +85,7 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
     ("data", "changes", "message"),
     [
         ({"text": ["x"]}, {}, r"needs a `domain` column; the dataset has \['text'\]"),
-        ({"domain": ["a", None]}, {}, "one is None"),
+        ({"domain": ["a", None]}, {}, "a sample has None"),
         ({"domain": [["a", "b"]]}, {}, "switching_share"),
         ({"domain": ["a", "b", "c"]}, {}, r"4 \(batch\) × 1 .* = 4 samples cannot hold equal shares of 3"),
         ({"domain": ["a", "b"]}, {"packing": True}, "packed samples"),
