@@ -29,7 +29,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moe import MoLoraConfig, PeftMoeError
-from peft_moe.evaluation.bakeoff.records import write_json
+from peft_moe.io.json_files import write_json
 from peft_moe.training.stages import write_fresh_experts
 from peft_moe.tuner.config.domains import domain_columns
 

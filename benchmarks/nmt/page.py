@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft_moe.evaluation.bakeoff.records import write_json
+from peft_moe.io.json_files import write_json
 
 from .claims import CHECK, CLAIM, FAILED, HELD, MARGIN, OPEN, judged, read_cells, seeds_of
 from .plan import SYSTEMS

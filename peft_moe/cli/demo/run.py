@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ...evaluation import Score, recovered, summarise
+from ...io.json_files import write_json
 from ...tuner.saving.save_load import save_mixture
 from . import BASE_NAME, asset_path
 from .data import BASE_SKILLS, TWO_SKILLS, UNSEEN_SKILLS, Turns, router_samples, test_texts
@@ -156,10 +155,7 @@ def _save(out: Path, mixture: Any, tokenizer: Any, results: dict[str, Any]) -> N
     folder = out / "mixture"
     save_mixture(mixture, folder)
     tokenizer.save_pretrained(folder)
-    # Written and then renamed, so that readers never see an incomplete file.
-    temporary = out / "results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, out / "results.json")
+    write_json(out / "results.json", results, indent=1)
 
 
 def _table(results: dict[str, Any]) -> Table:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...io.json_files import write_json
 from ..score import TurnScore
 from .build import Cost
 from .methods import Method
@@ -114,14 +114,6 @@ def _file_hash(path: Path) -> str:
 def record_path(out: Path, method: Method, seed: int) -> Path:
     """Return the file of a run's scores."""
     return out / "scores" / f"{method.file_stem}-{seed}.json"
-
-
-def write_json(path: Path, data: Any, indent: int | None = None) -> None:
-    """Write JSON to a temporary file and rename it, so that readers never see an incomplete file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_record(path: Path, record: Record, versions: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import PeftMoeError
+from ...io.json_files import write_json
 from ...tuner.config.mixture import MoLoraConfig
 from ..score import score_texts
 from .build import MethodBuilder
@@ -32,7 +33,6 @@ from .records import (
     Scores,
     read_record,
     record_path,
-    write_json,
     write_record,
 )
 from .report import report
