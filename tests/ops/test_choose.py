@@ -41,7 +41,7 @@ def spec(tokens=512, experts=8, rank=16, chosen=2, size=1024, **changes):
 @pytest.fixture
 def h100(monkeypatch):
     """Make the package choose as on a machine with that GPU."""
-    monkeypatch.setattr(triton_backends, "_missing", lambda: None)
+    monkeypatch.setattr(triton_backends, "_unavailable", lambda: None)
     monkeypatch.setattr(constants_file, "_gpu", lambda: H100)
     monkeypatch.setattr("peft_moe.ops.backends.grouped._has_kernel", lambda: True)
 
@@ -193,7 +193,7 @@ class TestOnAnH100:
         assert choose(call, "triton_sorted").backend.name == "triton_sorted"
 
     def test_other_gpus_choose_no_kernel(self, monkeypatch):
-        monkeypatch.setattr(triton_backends, "_missing", lambda: None)
+        monkeypatch.setattr(triton_backends, "_unavailable", lambda: None)
         monkeypatch.setattr(constants_file, "_gpu", lambda: "NVIDIA Something")
         monkeypatch.setattr("peft_moe.ops.backends.grouped._has_kernel", lambda: True)
         call = spec(8192, 128, size=4096, device="cuda")

@@ -16,7 +16,7 @@ from support.mixtures import draw_mixture
 from peft_moe.errors import PeftMoeError
 from peft_moe.ops import BACKENDS, call_spec_of, choose, mix
 from peft_moe.ops.backend import MixInputs
-from peft_moe.ops.triton.backends import _missing
+from peft_moe.ops.triton.backends import _unavailable
 
 TRITON = ["triton_stacked", "triton_sorted", "triton_gather"]
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -88,9 +88,9 @@ def test_calls_that_a_gpu_refuses(name, spec, reason):
 
 @pytest.fixture
 def _forgets():
-    _missing.cache_clear()
+    _unavailable.cache_clear()
     yield
-    _missing.cache_clear()
+    _unavailable.cache_clear()
 
 
 @pytest.mark.usefixtures("_forgets")

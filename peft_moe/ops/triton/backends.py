@@ -26,7 +26,7 @@ _MAX_DECODE_TOKENS = 64
 
 
 @cache
-def _missing() -> str | None:
+def _unavailable() -> str | None:
     """Return the reason why no kernel can run on this machine, or None."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
@@ -53,7 +53,7 @@ def _unsupported(spec: CallSpec) -> str | None:
         return "torch.compile makes its own kernels from the other backends"
     if "experts" in spec.trains:
         return "its kernels have no gradient for experts"
-    return _missing()
+    return _unavailable()
 
 
 def _unsupported_sparse(spec: CallSpec) -> str | None:
@@ -71,7 +71,7 @@ def _cast(inputs: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs.x.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype)
 
 
-def _timed(name: str, spec: CallSpec, constants: Constants) -> Kernel | None:
+def _kernel_constants(name: str, spec: CallSpec, constants: Constants) -> Kernel | None:
     """Return the kernel's constants if it was timed at calls like this one and was the fastest, else None.
 
     Without constants the kernel serves only users who ask for it by name, because an estimate must not win
@@ -99,7 +99,7 @@ class TritonStacked:
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Count the products of all ranks, or the traffic of x, y and the factors if that takes longer."""
-        kernel = _timed(self.name, spec, constants)
+        kernel = _kernel_constants(self.name, spec, constants)
         if kernel is None:
             return NEVER_CHEAPEST
         ranks, item = spec.ranks.total, spec.dtype.itemsize
@@ -130,7 +130,7 @@ class TritonSorted:
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Count a row of x read and a row of y read and written per chosen pair, and the slabs per block."""
-        kernel = _timed(self.name, spec, constants)
+        kernel = _kernel_constants(self.name, spec, constants)
         if kernel is None:
             return NEVER_CHEAPEST
         chosen, item = spec.chosen or 0, spec.dtype.itemsize
@@ -160,7 +160,7 @@ class TritonGather:
 
     def cost(self, spec: CallSpec, constants: Constants) -> float:
         """Count the chosen slabs of every token."""
-        kernel = _timed(self.name, spec, constants)
+        kernel = _kernel_constants(self.name, spec, constants)
         if kernel is None:
             return NEVER_CHEAPEST
         slabs = spec.tokens * (spec.chosen or 0) * spec.ranks.width * spec.sizes * spec.dtype.itemsize
