@@ -13,7 +13,7 @@ from .backends.stacked import Stacked
 from .choose import BackendChoice, call_spec_of, check_backend, choose
 from .mix import mix
 from .rank_map import RankMap
-from .triton.backends import TritonGather, TritonSorted, TritonStacked
+from .triton.kernel_backends import TritonGather, TritonSorted, TritonStacked
 
 __all__ = [
     "BACKENDS",

@@ -16,7 +16,7 @@ from support.mixtures import draw_mixture
 from peft_moe.errors import PeftMoeError
 from peft_moe.ops import BACKENDS, call_spec_of, choose, mix
 from peft_moe.ops.backend import MixInputs
-from peft_moe.ops.triton.backends import _unavailable
+from peft_moe.ops.triton.kernel_backends import _unavailable
 
 TRITON = ["triton_stacked", "triton_sorted", "triton_gather"]
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -95,7 +95,7 @@ def _forgets():
 
 @pytest.mark.usefixtures("_forgets")
 def test_without_triton_the_reason_is_given(monkeypatch):
-    monkeypatch.setattr("peft_moe.ops.triton.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_moe.ops.triton.kernel_backends.find_spec", lambda name: None)
     spec = on_cuda(draw_mixture(4, 16, 16, (4, 4), 1))
     for name in TRITON:
         assert "pip install triton" in BACKENDS[name].supports(spec)
@@ -109,4 +109,6 @@ def test_importing_the_package_imports_no_kernel_and_nothing_that_peft_does_not(
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "['peft_moe.ops.triton', 'peft_moe.ops.triton.backends'] ['peft_moe']"
+    assert (
+        done.stdout.strip() == "['peft_moe.ops.triton', 'peft_moe.ops.triton.kernel_backends'] ['peft_moe']"
+    )

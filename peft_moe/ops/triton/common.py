@@ -1,6 +1,6 @@
 """Shared parts of the Triton kernels: index tables of the rank axis, tile sizes, precision of a product.
 
-Imported only where Triton is installed; :mod:`peft_moe.ops.triton.backends` checks that first.
+Imported only where Triton is installed; :mod:`peft_moe.ops.triton.kernel_backends` checks that first.
 """
 
 # Triton's decorators are untyped, and a kernel's arguments are pointers without a Python type.

@@ -1,6 +1,7 @@
 """Triton's backends, for CUDA: where their kernels can serve, and what they cost.
 
-This file imports no Triton; ``mix`` of each backend imports its kernels.
+This file imports no Triton; ``mix`` of each backend imports its kernels. It may not be called ``backends``:
+torch.compile refuses to trace any file below "triton/backends", which it takes for one of Triton's own.
 
 Letters: N tokens, I in, O out, R total rank, E experts, K chosen experts.
 """
