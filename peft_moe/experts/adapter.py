@@ -21,29 +21,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peft_moe.errors import PeftMoeError
-from peft_moe.experts.base_modules import BaseView
-from peft_moe.experts.checks import (
-    check_expert_names,
-    check_one_base,
-    check_same_base,
-    refusal,
-    shown,
-)
-from peft_moe.experts.config_rules import check_config
-from peft_moe.experts.spec import ExpertSpec
-from peft_moe.experts.tensor_checks import TensorHeader, check_header, tensor_key
-from peft_moe.io.sources import (
+from ..errors import PeftMoeError, refusal, shown
+from ..io.adapter_files import tensor_key
+from ..io.digests import file_sha256
+from ..io.dtypes import FILE_DTYPES
+from ..io.hub import CARD_FILE, license_of
+from ..io.sources import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Source,
-    file_sha256,
     find_source,
     read_config,
 )
-from peft_moe.tuner.config.model_card import CARD_FILE, license_of
-
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+from .base_modules import BaseView
+from .checks import (
+    check_expert_names,
+    check_one_base,
+    check_same_base,
+)
+from .config_rules import check_config
+from .spec import ExpertSpec
+from .tensor_checks import TensorHeader, check_header
 
 
 class ExpertFile:
@@ -104,7 +102,7 @@ class ExpertFile:
 
     def dtype(self, module_name: str) -> torch.dtype:
         """The wider dtype of the expert's two matrices at one of ``modules``."""
-        one, other = (_TORCH[self._header[tensor_key(module_name, side)].dtype] for side in "AB")
+        one, other = (FILE_DTYPES[self._header[tensor_key(module_name, side)].dtype] for side in "AB")
         return torch.promote_types(one, other)
 
     def close(self) -> None:
@@ -146,7 +144,7 @@ class ExpertFile:
         if read != size:
             what = f"{shown(self.path)}: tensor {key!r} cannot be read: the file ends before it"
             raise refusal(self.spec.name, what, "copy or download it again")
-        return torch.frombuffer(data, dtype=_TORCH[header.dtype]).view(header.shape)
+        return torch.frombuffer(data, dtype=FILE_DTYPES[header.dtype]).view(header.shape)
 
 
 def open_experts(

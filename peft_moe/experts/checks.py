@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import re
-import reprlib
 import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from peft_moe.errors import PeftMoeError
-from peft_moe.experts.base_modules import BaseView, base_modules, family
-from peft_moe.experts.spec import NAME_RULE, RESERVED_NAMES
+from ..errors import refusal, shown
+from .base_modules import BaseView, base_modules, family
+from .spec import NAME_RULE, RESERVED_NAMES
 
 # A revision is comparable with another of its own kind only: a commit, or a branch or tag.
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/[^/]+$")
-_shorten = reprlib.Repr()
-_shorten.maxstring = _shorten.maxother = 120
-
-
-def shown(value: Any) -> str:
-    """``repr(value)``, cut short: a damaged config must not fill the screen."""
-    return _shorten.repr(value)
-
-
-def refusal(expert: str, what: str, fix: str) -> PeftMoeError:
-    """The two lines that every refusal of an expert consists of.
-
-    Args:
-        expert: the expert's name.
-        what: field or file, its value and the reason, without a final stop.
-        fix: what the user can do, without a final stop.
-
-    Returns:
-        The error, to be raised by the caller.
-    """
-    return PeftMoeError(f"Expert {shown(expert)}: {what}.\nFix: {fix}.")
 
 
 def check_expert_names(names: Iterable[str], base: nn.Module) -> None:

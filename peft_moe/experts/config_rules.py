@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from peft_moe.experts.checks import refusal, shown
-from peft_moe.io.values import (
+from ..errors import refusal, shown
+from ..io.values import (
     Predicate,
     dict_of,
     is_bool,

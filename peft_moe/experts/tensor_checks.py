@@ -12,12 +12,12 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_N
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_moe.experts.base_modules import BaseView, linear_sizes
-from peft_moe.experts.checks import refusal, shown
-from peft_moe.experts.spec import ExpertSpec
-from peft_moe.io.sources import WEIGHTS_FILE
+from ..errors import refusal, shown
+from ..io.adapter_files import PREFIX, tensor_key
+from ..io.sources import WEIGHTS_FILE
+from .base_modules import BaseView, linear_sizes
+from .spec import ExpertSpec
 
-PREFIX = "base_model.model."
 DTYPES = ("F32", "BF16", "F16")  # wider ones would be rounded, narrower ones need scales
 
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -36,11 +36,6 @@ class TensorHeader(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-
-
-def tensor_key(module: str, side: str) -> str:
-    """Key of ``lora_A`` or ``lora_B`` of a base module in PEFT's adapter files."""
-    return f"{PREFIX}{module}.lora_{side}.weight"
 
 
 def check_header(spec: ExpertSpec, header: Mapping[str, TensorHeader], base: BaseView) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from ..errors import PeftMoeError
 from ..io.checkpoint import MODEL_CONFIG, Checkpoint, quiet_transformers
+from ..io.hub import is_on_hub
 from ..io.sources import find_source
-from ..tuner.config.model_card import is_on_hub
 from .mixture_tensors import Mixture
 from .report import ExportReport
 

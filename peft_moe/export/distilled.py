@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from ..errors import PeftMoeError
-from ..experts.tensor_checks import tensor_key
-from ..io.adapter_files import lora_fields, write_adapter
+from ..io.adapter_files import lora_fields, tensor_key, write_adapter
 from ..io.values import is_count, is_index
 from ..tuner.layers.shared_router import MODEL_ROUTER
 from .base_model import find_tokenizer, load_on_base, packed_files, take_along

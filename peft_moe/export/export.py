@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 
 from ..errors import PeftMoeError, near_matches
-from ..experts.extraction.files import write_json
 from ..io.atomic import check_new_folder, new_folder
+from ..io.json_files import write_json
 from ..io.shards import read_size
 from ..io.values import is_count, optional
 from .adapters import export_adapters
@@ -106,7 +106,7 @@ def _write(found: Mixture, report: ExportReport, given: Mapping[str, Any], dtype
         else:
             how = given["distillation"]
             export_distilled(found, folder, report, rank=rank, base=base, dtype=dtype, how=how)
-        write_json(folder / REPORT_FILE, report.to_dict())
+        write_json(folder / REPORT_FILE, report.to_dict(), indent=2, strict=True)
 
 
 def _native(
@@ -122,7 +122,7 @@ def _native(
     report.kind = plan.kind
     with new_folder(report.out) as folder:
         export_native(found, folder, report, evidence, plan, dtype=dtype, most_bytes=most_bytes)
-        write_json(folder / REPORT_FILE, report.to_dict())
+        write_json(folder / REPORT_FILE, report.to_dict(), indent=2, strict=True)
     return report
 
 

@@ -14,13 +14,19 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..experts.extraction.files import write_json
-from ..experts.tensor_checks import tensor_key
-from ..tuner.config.model_card import CARD_FILE, is_on_hub
+from .hub import CARD_FILE, is_on_hub
+from .json_files import write_json
 from .sources import CONFIG_FILE, WEIGHTS_FILE
 
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of a base module."""
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """A [r, I] and B [O, r] by module name."""
+
+
+def tensor_key(module: str, side: str) -> str:
+    """Return the key of ``lora_A`` or ``lora_B`` of a base module in PEFT's adapter files."""
+    return f"{PREFIX}{module}.lora_{side}.weight"
 
 
 def lora_fields(factors: Factors, scaling: float) -> dict[str, Any]:
@@ -67,16 +73,30 @@ def write_adapter(
     tensors |= {name: value.detach().cpu().contiguous() for name, value in (extras or {}).items()}
     # A copy of each: slabs of one tensor share its memory, which a file cannot.
     tensors = {name: value.clone() for name, value in sorted(tensors.items())}
-    save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     auto_mapping = fields.get("auto_mapping")
     config = LoraConfig(inference_mode=True, **{k: v for k, v in fields.items() if k != "auto_mapping"})
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    if auto_mapping:
-        values["auto_mapping"] = auto_mapping
-    write_json(folder / CONFIG_FILE, values)
+    write_lora(folder, tensors, config, auto_mapping)
     base = config.base_model_name_or_path
     data = ModelCardData(library_name="peft", tags=["lora"], base_model=base if is_on_hub(base) else None)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card.strip()}\n").save(folder / CARD_FILE)
+
+
+def write_lora(
+    folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, auto_mapping: Mapping[str, str] | None
+) -> None:
+    """Write the two files that PEFT reads, in bytes that depend on their content alone.
+
+    Args:
+        folder: an existing one.
+        tensors: by the names that PEFT gives them, each with memory of its own.
+        config: of the adapter.
+        auto_mapping: the class of the base, where the config names no task.
+    """
+    save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    if auto_mapping:
+        values["auto_mapping"] = dict(auto_mapping)
+    write_json(folder / CONFIG_FILE, values, indent=2, strict=True)
 
 
 def _exact(name: str, names: Mapping[str, Any]) -> str:

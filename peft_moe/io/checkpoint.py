@@ -19,15 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from peft_moe.errors import PeftMoeError
-from peft_moe.experts.checks import shown
-from peft_moe.io.sources import CONFIG_FILE, find_source
+from ..errors import PeftMoeError, shown
+from .dtypes import FILE_BYTES
+from .sources import CONFIG_FILE, find_source
 
 MODEL_CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
-# safetensors' words for what can be read as a weight, and the bytes of each.
-FLOATS = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "vocab*", "merges.txt"]
 
 
@@ -46,7 +44,7 @@ class TensorAt(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Its size in the file."""
-        return self.numel * FLOATS.get(self.dtype, 1)
+        return self.numel * FILE_BYTES.get(self.dtype, 1)
 
 
 def model_refusal(location: str, what: str, fix: str) -> PeftMoeError:

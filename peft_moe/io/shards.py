@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import PeftMoeError
-from ..experts.extraction.files import write_json
 from .checkpoint import INDEX, SINGLE
+from .dtypes import FILE_WORDS
+from .json_files import write_json
 
-_WORDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -80,7 +80,8 @@ def write_shards(
                 _write(file, shard, bar)
     if count > 1:
         places = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / INDEX, index, indent=2, strict=True)
 
 
 def _packed(pieces: Sequence[Piece], most_bytes: int) -> list[list[Piece]]:
@@ -101,7 +102,7 @@ def _write(file: BinaryIO, shard: Sequence[Piece], bar: tqdm[None]) -> None:
     for piece in shard:
         end = start + piece.num_bytes
         header[piece.name] = {
-            "dtype": _WORDS[piece.dtype],
+            "dtype": FILE_WORDS[piece.dtype],
             "shape": list(piece.shape),
             "data_offsets": [start, end],
         }

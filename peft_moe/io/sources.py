@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -12,16 +11,14 @@ from typing import Any
 
 from huggingface_hub import constants, errors, hf_hub_download
 
-from peft_moe.errors import PeftMoeError
-from peft_moe.experts.checks import refusal, shown
-from peft_moe.tuner.config.weights_file import unique_keys
+from ..errors import PeftMoeError, refusal, shown
+from .json_files import unique_keys
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-_CHUNK_BYTES = 1 << 20
 # The first class that fits counts: a gated repository is reported as one that does not exist.
 _HUB_REFUSALS = (
     (errors.GatedRepoError, "it is gated", "accept its terms and log in with `hf auth login`"),
@@ -143,12 +140,3 @@ def read_config(expert: str, path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise refusal(expert, f"{shown(path)} holds a {type(config).__name__}, not a JSON object", fix)
     return config
-
-
-def file_sha256(path: str) -> str:
-    """SHA-256 of a file in hexadecimal, read piece by piece."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PeftMoeError, near_matches
-from ..experts.extraction.extract import DTYPES
+from ..io.dtypes import NAMED_DTYPES
 
 EXTRACT_KEYS = ("rank", "energy", "max_rank", "dense", "target_modules", "dtype")
 _EXPERT_KEYS = ("name", "source_model", "positive_prompts", "negative_prompts", "extract", "keep")
@@ -66,8 +66,8 @@ def _extract(given: Any, where: str) -> dict[str, Any]:
         return {}
     check_known(given, EXTRACT_KEYS, where)
     dtype = given.get("dtype", "auto")
-    if dtype not in ("auto", *DTYPES):
-        raise PeftMoeError(f"{where}.dtype={dtype!r} is not known.{near_matches(str(dtype), DTYPES)}")
+    if dtype not in ("auto", *NAMED_DTYPES):
+        raise PeftMoeError(f"{where}.dtype={dtype!r} is not known.{near_matches(str(dtype), NAMED_DTYPES)}")
     return {key: value for key, value in given.items() if value is not None}
 
 

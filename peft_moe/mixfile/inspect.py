@@ -17,13 +17,12 @@ from ..experts.extraction.files import task_of
 from ..experts.extraction.pairs import ExtractionPlan
 from ..experts.extraction.svd import RankRule
 from ..experts.spec import ExpertSpec
-from ..io.checkpoint import FLOATS, Checkpoint, quiet_transformers
+from ..io.checkpoint import Checkpoint, quiet_transformers
+from ..io.dtypes import FILE_BYTES, NAMED_DTYPES, name_of_word
 from .entries import ExpertEntry
 from .inspect_parts import inspect_adapter, inspect_mixture, inspect_model, kind_of, model_facts
 from .inspection_report import Inspection
 from .schema import MixFile, read_mix_file
-
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass
@@ -191,7 +190,7 @@ def _mixture_facts(flight: Preflight) -> dict[str, Any]:
     routers = sum(p.numel() for n, p in model.named_parameters() if "molora_router" in n)
     experts = sum(p.numel() for n, p in model.named_parameters() if ".molora_A" in n or ".molora_B" in n)
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dtype = _BYTES[file.dtype] if file.dtype != "auto" else FLOATS.get(base.dtype, 4)
+    dtype = NAMED_DTYPES[file.dtype].itemsize if file.dtype != "auto" else FILE_BYTES.get(base.dtype, 4)
     weights = sum(p.numel() for n, p in model.named_parameters() if "molora_" not in n) * dtype
     return {
         "router": f"{config.router} ({config.router_scope}, {config.router_granularity})",
@@ -247,7 +246,6 @@ def refuse(flight: Preflight) -> None:
 
 def torch_dtype(file: MixFile, base: Checkpoint) -> torch.dtype:
     """What the base is loaded in."""
-    words = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
-    name = words.get(base.dtype, "float32") if file.dtype == "auto" else file.dtype
+    name = name_of_word(base.dtype) if file.dtype == "auto" else file.dtype
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -21,12 +21,11 @@ from ..experts.extraction.pairs import LINEAR, ExtractionPlan, plan_extraction
 from ..experts.extraction.svd import EXACT_UP_TO, RankRule
 from ..experts.spec import ExpertSpec
 from ..experts.tensor_checks import PREFIX
-from ..io.checkpoint import FLOATS, MODEL_CONFIG, Checkpoint
+from ..io.checkpoint import MODEL_CONFIG, Checkpoint
+from ..io.dtypes import FILE_BYTES, NAMED_DTYPES
 from ..io.sources import CONFIG_FILE, WEIGHTS_FILE, Source, find_source, read_config
 from ..tuner.config.mixture import MoLoraConfig
 from .inspection_report import Inspection
-
-_FACTOR_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 def kind_of(location: str) -> str:
@@ -104,7 +103,7 @@ def _adapter_facts(spec: ExpertSpec, path: str) -> dict[str, Any]:
     size = 0
     for key, (dtype, shape) in tensor_headers(path).items():
         dtypes.add(dtype)
-        size += FLOATS.get(dtype, 1) * _numel(shape)
+        size += FILE_BYTES.get(dtype, 1) * _numel(shape)
         if key.endswith("lora_A.weight"):
             module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             ranks[shape[0]] += 1
@@ -183,7 +182,7 @@ def extraction_facts(plan: ExtractionPlan, rule: RankRule, dtype: str) -> dict[s
         "linear, not targeted" if pair.kind == LINEAR else pair.kind for pair in plan.pairs if not pair.taken
     )
     wide = rule.dense or plan.model.dtype in ("F32", "F64")
-    width = 4 if dtype == "auto" and wide else _FACTOR_BYTES[dtype]
+    width = (4 if wide else 2) if dtype == "auto" else NAMED_DTYPES[dtype].itemsize
     ranks = [min(rule.limit, *pair.features) for pair in taken]
     result = sum(rank * sum(pair.features) for rank, pair in zip(ranks, taken, strict=True))
     return {
@@ -199,7 +198,7 @@ def extraction_facts(plan: ExtractionPlan, rule: RankRule, dtype: str) -> dict[s
 
 def _taken_work(plan: ExtractionPlan) -> int:
     """The difference in float32, and one tensor of a file beside it."""
-    widths = [FLOATS[side.tensors[key].dtype] for p in plan.taken for side, key in plan.sides(p)]
+    widths = [FILE_BYTES[side.tensors[key].dtype] for p in plan.taken for side, key in plan.sides(p)]
     return plan.largest * (4 + max(widths, default=4))
 
 
@@ -248,7 +247,7 @@ def inspect_mixture(name: str, location: str) -> Inspection:
             "router's numbers": routers,
             "experts' numbers": experts,
             "trains": (routers if config.scorer.trainable else 0) + (experts if config.experts_train else 0),
-            "bytes": sum(FLOATS.get(dtype, 1) * _numel(shape) for dtype, shape in tensors.values()),
+            "bytes": sum(FILE_BYTES.get(dtype, 1) * _numel(shape) for dtype, shape in tensors.values()),
             "format": config.format_version,
         }
     )

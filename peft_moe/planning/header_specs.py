@@ -8,10 +8,9 @@ from safetensors import safe_open
 from ..experts.adapter import spec_of
 from ..experts.config_rules import check_config
 from ..experts.spec import ExpertSpec
+from ..io.dtypes import FILE_DTYPES
 from ..io.sources import CONFIG_FILE, WEIGHTS_FILE, find_source, read_config
 from ..tuner.config.mixture import MoLoraConfig
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def expert_specs(config: MoLoraConfig) -> tuple[list[ExpertSpec], torch.dtype | None]:
@@ -31,6 +30,6 @@ def expert_specs(config: MoLoraConfig) -> tuple[list[ExpertSpec], torch.dtype | 
         specs.append(spec_of(source, found))
         with safe_open(source.file(WEIGHTS_FILE), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (not a dict)
-                stored = _DTYPES.get(file.get_slice(key).get_dtype(), torch.float32)
+                stored = FILE_DTYPES.get(file.get_slice(key).get_dtype(), torch.float32)
                 dtype = stored if dtype is None else torch.promote_types(dtype, stored)
     return specs, dtype

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import PeftMoeError, near_matches
 from ..experts.base_modules import linear_sizes
+from ..io.dtypes import NAMED_DTYPES
 from ..io.values import is_count
 from ..tuner.config.mixture import MoLoraConfig
 from ..tuner.layers.linear import MoLoraLayer
@@ -23,7 +24,6 @@ from .traced_step import step_peak
 
 # Bytes per trained number that an optimizer keeps between steps, for float32 weights.
 OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSSES = ("fused", "full")
 MIB = 2**20
 
@@ -63,7 +63,7 @@ class Training:
             if not is_count(value):
                 raise PeftMoeError(f"{name}={value!r} must be a whole number of at least 1")
         for name, known in (
-            ("dtype", DTYPES),
+            ("dtype", NAMED_DTYPES),
             ("optimizer", OPTIMIZERS),
             ("loss", LOSSES),
             ("device", ("cuda", "cpu")),
@@ -124,9 +124,9 @@ def plan_memory(
     training = training or Training()
     config = find_config(base)
     precision = precision_of(config, training.precision, training.double_quant)
-    skeleton = build_skeleton(config, DTYPES[training.dtype], precision)
+    skeleton = build_skeleton(config, NAMED_DTYPES[training.dtype], precision)
     weights = weigh(skeleton)
-    model, names = _with_mixture(skeleton, mixture, DTYPES[training.dtype])
+    model, names = _with_mixture(skeleton, mixture, NAMED_DTYPES[training.dtype])
     routers, experts, trained = _count(model)
     peak = step_peak(
         model,
@@ -134,7 +134,7 @@ def plan_memory(
         sequence=training.sequence,
         loss=training.loss,
         checkpointing=training.checkpointing,
-        autocast=DTYPES[training.autocast] if training.autocast else None,
+        autocast=NAMED_DTYPES[training.autocast] if training.autocast else None,
         device=training.device,
     )
     parts = {

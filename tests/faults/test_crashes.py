@@ -27,7 +27,8 @@ from support.zoo import Zoo
 from faults.harness import WEIGHTS, Bench
 from peft_moe import MoLoraConfig, PeftMoeError, load_mixture, save_mixture
 from peft_moe.io import atomic as new_folder
-from peft_moe.tuner.config.weights_file import check_weights_file, file_digest
+from peft_moe.io.digests import file_digest
+from peft_moe.tuner.config.weights_file import check_weights_file
 
 BATCH = batch_for("llama", texts())
 TRIALS = int(os.environ.get("PEFT_MOE_KILLS", "50"))

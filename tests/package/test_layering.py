@@ -41,17 +41,6 @@ ONLY_IN = {
     "trl": ("training", "cli.demo.methods", "evaluation.bakeoff.training", "planning.traced_step"),
     "triton": tuple(f"ops.triton.{name}" for name in ("common", "schedule", "sparse", "stacked", "gather")),
 }
-# Left over from before the folders; each goes with the merge that mends it.
-KNOWN_CLIMBS = (
-    "experts.adapter imports tuner.config.model_card",
-    "io.adapter_files imports experts.extraction.files",
-    "io.adapter_files imports experts.tensor_checks",
-    "io.adapter_files imports tuner.config.model_card",
-    "io.checkpoint imports experts.checks",
-    "io.shards imports experts.extraction.files",
-    "io.sources imports experts.checks",
-    "io.sources imports tuner.config.weights_file",
-)
 NOT_ON_IMPORT = ("trl", "sklearn", "datasets", "matplotlib")
 
 
@@ -137,7 +126,7 @@ def test_the_order_names_what_there_is():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_import_runs_down_the_list(module):
-    assert [c for c in climbs(module, parsed(MODULES[module])) if c not in KNOWN_CLIMBS] == []
+    assert climbs(module, parsed(MODULES[module])) == []
 
 
 def test_no_circle():

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from peft_moe.errors import PeftMoeError
-from peft_moe.experts.extraction.pairs import ExtractionPlan
-from peft_moe.io.checkpoint import quiet_transformers
+from ...errors import PeftMoeError
+from ...io.checkpoint import quiet_transformers
+from .pairs import ExtractionPlan
 
 # Tokens that are read per text, tokens whose logits are kept, and input rows that are kept per layer.
 MAX_LENGTH, MAX_TOKENS, ROWS = 512, 2048, 256

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_moe.errors import PeftMoeError, near_matches
-from peft_moe.experts.extraction.files import write_adapter, write_json
-from peft_moe.experts.extraction.pairs import ExtractionPlan, TensorPair, plan_extraction
-from peft_moe.experts.extraction.report import REPORT_FILE, ExtractionReport, IgnoredTensor, LayerReport
-from peft_moe.experts.extraction.svd import LowRank, RankRule, frobenius, low_rank, relative_error, row_blocks
-from peft_moe.experts.tensor_checks import tensor_key
-from peft_moe.io.atomic import check_new_folder, new_folder
-from peft_moe.io.checkpoint import Checkpoint, model_refusal
+from ...errors import PeftMoeError, near_matches
+from ...io.adapter_files import tensor_key
+from ...io.atomic import check_new_folder, new_folder
+from ...io.checkpoint import Checkpoint, model_refusal
+from ...io.dtypes import NAMED_DTYPES, name_of_word
+from ...io.json_files import write_json
+from .files import write_adapter
+from .pairs import ExtractionPlan, TensorPair, plan_extraction
+from .report import REPORT_FILE, ExtractionReport, IgnoredTensor, LayerReport
+from .svd import LowRank, RankRule, frobenius, low_rank, relative_error, row_blocks
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OF_FILE = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
 _IGNORED_WARNING = 0.05
 _SAMPLE = 1024
 
@@ -88,27 +88,27 @@ def extract_adapter(
         calibration = Calibration.read(plan, texts, device)
     report = ExtractionReport(plan.base.location, plan.model.location, "", rule.described, name)
     inputs = calibration.inputs if calibration else {}
-    factors = _read_all(plan, rule, DTYPES[name], report, inputs, device, progress)
+    factors = _read_all(plan, rule, NAMED_DTYPES[name], report, inputs, device, progress)
     _check_worth(report, plan)
     with new_folder(place) as folder:
         write_adapter(folder, plan, factors)
         if calibration:
             report.logit_kl, report.base_kl = calibration.divergence(str(folder))
-        write_json(folder / REPORT_FILE, report.to_dict())
+        write_json(folder / REPORT_FILE, report.to_dict(), indent=2, strict=True)
     report.seconds = time.perf_counter() - started
     return report
 
 
 def _check_dtype(dtype: str) -> None:
-    if dtype not in ("auto", *DTYPES):
-        raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(dtype, ('auto', *DTYPES))}")
+    if dtype not in ("auto", *NAMED_DTYPES):
+        raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(dtype, ('auto', *NAMED_DTYPES))}")
 
 
 def _dtype_of(dtype: str, plan: ExtractionPlan, dense: bool) -> str:
     if dtype != "auto":
         return dtype
     # In float32 the difference of two models of 16 bits is exact.
-    return "float32" if dense else _OF_FILE.get(plan.model.dtype, "float32")
+    return "float32" if dense else name_of_word(plan.model.dtype)
 
 
 def _read_all(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_moe.experts.extraction.pairs import ExtractionPlan
-from peft_moe.experts.tensor_checks import tensor_key
-from peft_moe.io.sources import CONFIG_FILE, WEIGHTS_FILE, find_source
+from ...io.adapter_files import tensor_key, write_lora
+from ...io.sources import find_source
+from .pairs import ExtractionPlan
 
 
 def write_adapter(folder: Path, plan: ExtractionPlan, factors: dict[str, Tensor]) -> None:
-    """Both files of the adapter; patterns where ranks differ, so that PEFT reads them again."""
-    save_file(dict(sorted(factors.items())), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    """Write both files of the adapter, with patterns where ranks differ."""
     ranks = {key: len(value) for key, value in factors.items() if key.endswith("lora_A.weight")}
     named = {
         pair.name: ranks[tensor_key(pair.name, "A")]
@@ -25,10 +21,10 @@ def write_adapter(folder: Path, plan: ExtractionPlan, factors: dict[str, Tensor]
         if tensor_key(pair.name, "A") in ranks
     }
     counts: dict[int, int] = {}
-    for one in named.values():
-        counts[one] = counts.get(one, 0) + 1
-    usual = max(counts, key=lambda one: (counts[one], -one))
-    others = {name: one for name, one in sorted(named.items()) if one != usual}
+    for rank in named.values():
+        counts[rank] = counts.get(rank, 0) + 1
+    usual = max(counts, key=lambda rank: (counts[rank], -rank))
+    others = {name: rank for name, rank in sorted(named.items()) if rank != usual}
     flipped = {pair.transposed for pair in plan.taken if pair.name in named}
     config = LoraConfig(
         r=usual,
@@ -42,11 +38,11 @@ def write_adapter(folder: Path, plan: ExtractionPlan, factors: dict[str, Tensor]
         task_type=task_of(plan.class_name),
         inference_mode=True,
     )
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    if values["task_type"] is None:
+    auto_mapping = None
+    if config.task_type is None:
         library = f"transformers.models.{plan.base.config['model_type']}"
-        values["auto_mapping"] = {"base_model_class": plan.class_name, "parent_library": library}
-    write_json(folder / CONFIG_FILE, values)
+        auto_mapping = {"base_model_class": plan.class_name, "parent_library": library}
+    write_lora(folder, factors, config, auto_mapping)
 
 
 def _revision(plan: ExtractionPlan) -> str | None:
@@ -65,8 +61,3 @@ def task_of(class_name: str) -> str | None:
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     return None
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """JSON with sorted keys; numbers that are not finite raise."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

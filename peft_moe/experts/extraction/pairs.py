@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_moe.errors import PeftMoeError, near_matches
-from peft_moe.experts.base_modules import BaseView, linear_sizes
-from peft_moe.experts.checks import shown
-from peft_moe.experts.spec import ExpertSpec
-from peft_moe.io.checkpoint import FLOATS, MODEL_CONFIG, Checkpoint, TensorAt, model_refusal
+from ...errors import PeftMoeError, near_matches, shown
+from ...io.checkpoint import MODEL_CONFIG, Checkpoint, TensorAt, model_refusal
+from ...io.dtypes import FILE_BYTES
+from ..base_modules import BaseView, linear_sizes
+from ..spec import ExpertSpec
 
 LINEAR, HEAD, EMBEDDING, NORM, BIAS, OTHER = "linear", "head", "embedding", "norm", "bias", "other"
 # Buffers that older versions of transformers saved; what they hold follows from the config.
@@ -202,8 +202,8 @@ def _check_alike(name: str, base: Checkpoint, ours: TensorAt, model: Checkpoint,
         what = f"{name!r} is {list(theirs.shape)}, in the base {shown(base.location)} {list(ours.shape)}"
         raise model_refusal(model.location, what, "give the base that it was trained from")
     for one, at in ((base, ours), (model, theirs)):
-        if at.dtype not in FLOATS and len(at.shape) >= 2:
-            what = f"{name!r} is {at.dtype}; {', '.join(FLOATS)} are read"
+        if at.dtype not in FILE_BYTES and len(at.shape) >= 2:
+            what = f"{name!r} is {at.dtype}; {', '.join(FILE_BYTES)} are read"
             raise model_refusal(one.location, what, "give the model in 16 or 32 bits")
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_moe.errors import PeftMoeError
-from peft_moe.io.values import is_bool, is_count, is_positive, optional
+from ...errors import PeftMoeError
+from ...io.values import is_bool, is_count, is_positive, optional
 
 # Up to this many rows or columns all singular values are computed; above, only the largest.
 EXACT_UP_TO = 512

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ...errors import PeftMoeError
-from ...experts.extraction.files import write_json
 from ...io.checkpoint import MODEL_CONFIG, Checkpoint, quiet_transformers
+from ...io.json_files import write_json
 from ...io.shards import Piece, write_shards
 from ...tuner.saving.base_identity import check_base_values
 from ..base_model import take_along
@@ -209,7 +209,7 @@ def _write_config(plan: NativePlan, folder: Path, dtype: str) -> None:
         values["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    write_json(path, values)
+    write_json(path, values, indent=2, strict=True)
 
 
 def _notes(plan: NativePlan, weights: Weights) -> list[str]:

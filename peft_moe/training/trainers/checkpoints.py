@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...errors import PeftMoeError
 from ...io.atomic import replace_file, sync
-from ...tuner.config.weights_file import read_json
+from ...io.json_files import read_json
 
 SEAL = "COMPLETE.json"
 STATE = "trainer_state.json"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import PeftMoeError, near_matches
 from ...experts.spec import NAME_RULE, RESERVED_NAMES, ExpertSpec, source_name
+from ...io.dtypes import NAMED_DTYPES
 from ...io.values import (
     Predicate,
     dict_of,
@@ -210,7 +211,6 @@ _VALID: dict[str, tuple[str, Predicate]] = {
 }
 
 _TEXT = "text, or left out"
-_FLOATS = ("float32", "bfloat16", "float16")
 _TARGETS = ("a list of module names or a regex, or left out", optional(is_regex, list_of(is_word)))
 # Of one expert in a saved mixture; its fields are those of ``ExpertSpec``.
 _VALID_IN_RECORDS: dict[str, tuple[str, Predicate]] = {
@@ -221,7 +221,7 @@ _VALID_IN_RECORDS: dict[str, tuple[str, Predicate]] = {
     **dict.fromkeys(
         ("source", "revision", "sha256", "digest", "base_model", "license"), (_TEXT, optional(is_word))
     ),
-    "dtype": ("'float32', 'bfloat16' or 'float16', or left out", lambda v: v in (None, *_FLOATS)),
+    "dtype": ("'float32', 'bfloat16' or 'float16', or left out", lambda v: v in (None, *NAMED_DTYPES)),
     "fan_in_fan_out": _VALID["use_rslora"],
     "r": _VALID["r"],
     "lora_alpha": _VALID["lora_alpha"],

@@ -14,11 +14,13 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from ...errors import PeftMoeError
 from ...io.atomic import replace_file
+from ...io.digests import file_digest
+from ...io.json_files import read_json
 from .combination_rules import check_routing, check_shared
 from .field_rules import check_fields
 from .fields import FORMAT_VERSION, MixtureFields
 from .model_card import check_base_on_hub, update_card
-from .weights_file import check_weights_file, file_digest, read_json
+from .weights_file import check_weights_file
 
 
 @dataclass

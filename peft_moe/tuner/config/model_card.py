@@ -16,17 +16,16 @@ import peft
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ...errors import PeftMoeError
+from ...io.hub import CARD_FILE, is_on_hub, license_of
 from ...io.values import is_number
 from .fields import MixtureFields
 
-CARD_FILE = "README.md"
 UNKNOWN = "unknown"
 BEGIN, END = "<!-- peft-moe: written at every save -->", "<!-- peft-moe: end -->"
 _TAGS = ("lora", "mixture-of-experts", "peft-moe")
 _OURS = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 # PEFT's own card is a form to fill in; nothing of it is lost.
 _BLANK = "[More Information Needed]"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -40,13 +39,6 @@ _SETTINGS = (
 )  # fmt: skip
 _USUAL = (("router_temperature", 1.0), ("topk_method", "greedy"))
 _DEEPEST = 3
-
-
-def is_on_hub(name: str | None) -> bool:
-    """Whether a base's name can be a Hub id: others know nothing of a folder on this machine."""
-    if not name or not _HUB_ID.fullmatch(name):
-        return False
-    return not os.path.isdir(os.path.expanduser(name))
 
 
 def check_base_on_hub(config: MixtureFields) -> None:
@@ -63,24 +55,6 @@ def check_base_on_hub(config: MixtureFields) -> None:
             "first: model.peft_config[adapter].base_model_name_or_path = 'org/name' (in a saved folder: "
             "base_model_name_or_path in adapter_config.json). Nothing was uploaded"
         )
-
-
-def license_of(card: str | os.PathLike[str] | None) -> str | None:
-    """What the metadata of a card say of the licence; None for no card, or one that says nothing.
-
-    Args:
-        card: path of a README.md.
-    """
-    if card is None or not os.path.isfile(card):
-        return None
-    try:
-        data = ModelCard.load(Path(card), ignore_metadata_errors=True).data
-    # Others' cards hold anything; none of it may keep a mixture from being made.
-    except Exception:
-        return None
-    found = data.license_name if data.license == "other" and data.get("license_name") else data.license
-    found = ", ".join(map(str, found)) if isinstance(found, list) else found
-    return str(found) if found else None
 
 
 def update_card(

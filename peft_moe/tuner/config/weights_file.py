@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ...errors import PeftMoeError
 from ...experts.spec import ExpertSpec
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.molora_(?P<side>[AB])\.weight")
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Parse a file that holds one JSON object, strictly.
-
-    Raises:
-        PeftMoeError: it cannot be read, is no JSON object, or names a key twice.
-    """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
-        raise PeftMoeError(f"{path} cannot be read as JSON: {error}; copy the folder again") from error
-    if not isinstance(values, dict):
-        raise PeftMoeError(f"{path} holds no JSON object; copy the folder again")
-    return values
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``object_pairs_hook``: json's default keeps the last of two equal keys without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
-    return found
 
 
 def check_weights_file(
@@ -76,44 +46,3 @@ def check_weights_file(
                 f"{path}: {key} has {list(shape)} rows, and the experts in {CONFIG_NAME} have {wanted} ranks "
                 "there; weights and config are not of one save: copy the folder again"
             )
-
-
-def file_digest(folder: str | os.PathLike[str], part: str) -> str | None:
-    """The digest of a mixture's weights in a folder, see :func:`tensors_digest`; None where there are none.
-
-    Args:
-        folder: of the mixture.
-        part: "routers" or "all".
-    """
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        return None
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        names = sorted(key for key in file.keys() if belongs(key, part))  # noqa: SIM118  (not a dict)
-        return tensors_digest(part, ((name, file.get_tensor(name)) for name in names))
-
-
-def belongs(key: str, part: str) -> bool:
-    """Whether the tensor of a key is one of a mixture's ``part``: its routers, or all of it."""
-    return ".molora_router." in key if part == "routers" else ".molora_" in key
-
-
-def tensors_digest(part: str, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The part, the dtypes, a colon, and one SHA-256 over names, dtypes, shapes and bytes.
-
-    Args:
-        part: what was chosen by :func:`belongs`.
-        tensors: names as in a saved file, in their order, and values.
-
-    Returns:
-        None where there is nothing to hash, or a value is not all here.
-    """
-    digest, dtypes = hashlib.sha256(), set()
-    for name, tensor in tensors:
-        if tensor.is_meta or hasattr(tensor, "to_local"):
-            return None
-        value, dtype = tensor.detach().contiguous().cpu(), str(tensor.dtype).removeprefix("torch.")
-        dtypes.add(dtype)
-        digest.update(f"{name} {dtype} {list(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return f"{part} {'+'.join(sorted(dtypes))}:{digest.hexdigest()}" if dtypes else None

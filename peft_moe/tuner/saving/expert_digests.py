@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...io.digests import belongs
 from ...io.offload import read, read_state
-from ..config.weights_file import belongs
 from ..layers.shared_router import MixtureLayer
 
 WeightOf = Callable[[Any, str], Tensor | None]

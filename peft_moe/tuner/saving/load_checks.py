@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import PeftMoeError
+from ...io.digests import tensors_digest
 from ...io.offload import read, read_state
-from ..config.weights_file import tensors_digest
 from ..layers.expert_factors import ExpertPlan
 from ..layers.shared_router import MODEL_ROUTER, MixtureLayer, SharedRouter, named_routers
 from .expert_digests import adapter_of, expert_digests, mixture_layers, saved_tensors, short

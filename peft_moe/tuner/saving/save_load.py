@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ...errors import PeftMoeError
 from ...io.atomic import check_new_folder, new_folder
+from ...io.json_files import read_json
 from ..config.mixture import MoLoraConfig
-from ..config.weights_file import read_json
 from .snapshot import untouched_on_failure
 
 _SPARE = 1 << 20  # config, card, headers
