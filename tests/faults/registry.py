@@ -86,7 +86,7 @@ NAMED: dict[str, list[str]] = {
     "C7": [f"{_READER}::test_saving_over_the_open_file_is_safe"],
     "C8": [
         "faults/test_killed_training.py::test_killed_and_resumed_to_the_bit",
-        "faults/test_killed_training.py::test_a_torn_checkpoint_is_passed_over",
+        "faults/test_killed_training.py::test_a_partial_checkpoint_is_skipped",
     ],
     "C9": ["faults/test_killed_training.py::test_a_named_checkpoint_that_would_be_another_run_is_refused"],
     "C10": ["training/test_router_mixin.py::test_resuming_is_exact_to_the_bit"],

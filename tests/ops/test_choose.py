@@ -15,7 +15,7 @@ from peft_moe.ops import BACKENDS, CallSpec, RankMap, choose
 from peft_moe.ops import device_costs as constants_file
 from peft_moe.ops.backend import NEVER_CHEAPEST
 from peft_moe.ops.device_costs import DEVICES, SHIPPED, constants_for, read_devices
-from peft_moe.ops.triton import backends as triton_backends
+from peft_moe.ops.triton import kernel_backends as triton_backends
 
 H100 = "NVIDIA H100 80GB HBM3"
 PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-h100-layer.md"

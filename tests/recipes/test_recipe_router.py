@@ -185,7 +185,7 @@ def test_robustness_options_shape_the_training_data(
             {"mixture": {"rooter": "context"}},
             r"'rooter' is not a field of MoLoraConfig\. Did you mean",
         ),
-        ("pairs", {"mixture": {"experts": 3}}, "'experts' is no field"),
+        ("pairs", {"mixture": {"experts": 3}}, "'experts' is not a field"),
         ("pairs", {"lora_r": 64}, "lora_r has no effect: the experts are trained already"),
         ("pairs", {"eval_fraction": 1.0}, r"20 records with eval_fraction=1\.0 leave none to train on"),
         ("pairs", {"max_length": 3}, "every prompt reaches max_length=3"),
