@@ -1,4 +1,4 @@
-"""A saved mixture's two files: whether they are sound and belong together, before a model is touched."""
+"""Checks of a saved mixture's two files before any model is touched: both are intact and fit together."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``object_pairs_hook``: json's default keeps the last of two equal keys without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Refuse repeated keys, as an ``object_pairs_hook``; by default json silently keeps the last one."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
-    return found
+    return values
 
 
 def check_weights_file(
     folder: str | os.PathLike[str], specs: list[ExpertSpec], *, all_everywhere: bool = True
 ) -> None:
-    """Hold the header of a mixture's weights against its experts; a folder without weights passes.
+    """Compare the header of a mixture's weights with its experts; a folder without weights passes.
 
     Args:
-        folder: of the mixture.
-        specs: its experts.
-        all_everywhere: no layer has fewer experts than others.
+        folder: folder of the mixture.
+        specs: the mixture's experts.
+        all_everywhere: whether every layer has all experts.
 
     Raises:
-        PeftMoeError: the file is damaged, or is not that of these experts.
+        PeftMoeError: the file is damaged, or does not belong to these experts.
     """
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -69,20 +69,22 @@ def check_weights_file(
             f"{path} is not a sound safetensors file: {error}; copy the folder again, it may be truncated"
         ) from error
     for key, shape in rows.items():
-        found = _FACTOR.fullmatch(key)
-        wanted = sum(spec.rank_in(found["module"]) for spec in specs) if found else None
-        if wanted is not None and (not shape or shape[0] > wanted or (all_everywhere and shape[0] < wanted)):
+        factor = _FACTOR.fullmatch(key)
+        if factor is None:
+            continue
+        ranks = sum(spec.rank_in(factor["module"]) for spec in specs)
+        if not shape or shape[0] > ranks or (all_everywhere and shape[0] < ranks):
             raise PeftMoeError(
-                f"{path}: {key} has {list(shape)} rows, and the experts in {CONFIG_NAME} have {wanted} ranks "
-                "there; weights and config are not of one save: copy the folder again"
+                f"{path}: {key} has {list(shape)} rows, and the experts in {CONFIG_NAME} have {ranks} ranks "
+                "there; weights and config are not from one save: copy the folder again"
             )
 
 
 def file_digest(folder: str | os.PathLike[str], part: str) -> str | None:
-    """The digest of a mixture's weights in a folder, see :func:`tensors_digest`; None where there are none.
+    """Return the :func:`tensors_digest` of a mixture's weights in a folder; None without weights.
 
     Args:
-        folder: of the mixture.
+        folder: folder of the mixture.
         part: "routers" or "all".
     """
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
@@ -94,19 +96,19 @@ def file_digest(folder: str | os.PathLike[str], part: str) -> str | None:
 
 
 def belongs(key: str, part: str) -> bool:
-    """Whether the tensor of a key is one of a mixture's ``part``: its routers, or all of it."""
+    """Tell whether a key names a tensor of a mixture's ``part``: "routers", or "all"."""
     return ".molora_router." in key if part == "routers" else ".molora_" in key
 
 
 def tensors_digest(part: str, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The part, the dtypes, a colon, and one SHA-256 over names, dtypes, shapes and bytes.
+    """Return the part, the dtypes, a colon, and one SHA-256 over names, dtypes, shapes and bytes.
 
     Args:
-        part: what was chosen by :func:`belongs`.
-        tensors: names as in a saved file, in their order, and values.
+        part: the part that the tensors belong to, see :func:`belongs`.
+        tensors: names as in a saved file, sorted, and values.
 
     Returns:
-        None where there is nothing to hash, or a value is not all here.
+        None if there are no tensors, or if a tensor is empty or split between processes.
     """
     digest, dtypes = hashlib.sha256(), set()
     for name, tensor in tensors:
