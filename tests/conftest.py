@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from peft_moe.routers.scorer import _SCORERS
-from peft_moe.tuner.four_bit import keep_unpacked
+from peft_moe.tuner.base_checks import keep_unpacked
 
 # Properties: the same examples at every push; "long" draws new ones. No test depends on speed.
 hypothesis.settings.register_profile(
@@ -82,7 +82,7 @@ def four_bit(zoo: Zoo) -> Callable[[], nn.Module]:
         model = AutoModelForCausalLM.from_pretrained(
             zoo.saved_base("llama"), quantization_config=quantization, dtype=torch.float32, device_map="cpu"
         )
-        # A bare base would change its own weights in its first eval pass; see peft_moe/tuner/four_bit.py.
+        # A bare base would change its own weights in its first eval pass; see peft_moe/tuner/base_checks.py.
         keep_unpacked(model, trains=True)
         return model.eval()
 

@@ -17,7 +17,7 @@ from ..errors import PeftMoeError
 from ..io.checkpoint import quiet_transformers
 from ..routing.context import Routing
 from ..tuner.layers.linear import MoLoraLayer
-from ..tuner.saving.base_precision import describe_precision
+from ..tuner.saving.base_identity import describe_precision
 from .base_model import load_on_base, packed_files, take_along
 from .gates import constant_gates, shared_gates
 from .mixture_tensors import Mixture

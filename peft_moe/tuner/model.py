@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import PeftMoeError
 from ..routers import Router
-from .base_checks import refuse_unfit_backend
+from .base_checks import keep_unpacked, refuse_unfit_backend
 from .config.mixture import MoLoraConfig
-from .four_bit import keep_unpacked
 from .layers.controlled_model import Controlled
 from .layers.expert_factors import plan_experts
 from .layers.feed_forward import add_feed_forward_routers, find_blocks, place_in
@@ -35,8 +34,7 @@ from .layers.shared_router import (
     share_constant,
 )
 from .layers.tap import Tap, resolve_tap
-from .saving.base_identity import record_base
-from .saving.base_precision import record_base_precision
+from .saving.base_identity import record_base, record_base_precision
 from .saving.load_checks import check_load, record_expert_digests
 from .saving.snapshot import Snapshot
 

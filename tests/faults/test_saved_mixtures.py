@@ -256,7 +256,7 @@ WEIGHT_ROWS = [
     Row(
         "B14", "no weights", lambda b: (b.mixture / WEIGHTS).unlink(), (f"no {WEIGHTS}", "save"), load_safely
     ),
-    Row("A26", "more ranks than experts", tensors(taller), (WEIGHTS, "rows", "not of one save")),
+    Row("A26", "more ranks than experts", tensors(taller), (WEIGHTS, "rows", "not from one save")),
     Row("A26", "another rank in the config", lambda b: edit_record(b.mixture, r=5), ("rows", "ranks")),
     Row("A24", "a wider matrix", tensors(wider), ("could not be loaded", "load it on the base"), load_safely),
 ]
@@ -327,7 +327,7 @@ def test_files_of_two_saves_are_noticed(zoo: Zoo, tmp_path: Path) -> None:
                 parameter.add_(1)
     model.save_pretrained(str(new.mixture))
     (old.mixture / WEIGHTS).write_bytes((new.mixture / WEIGHTS).read_bytes())
-    check_refused(Row("C6", "two saves", lambda b: None, ("are not of one save",)), old)
+    check_refused(Row("C6", "two saves", lambda b: None, ("are not from one save",)), old)
 
 
 def test_a_config_saved_alone_says_nothing_of_weights(zoo: Zoo, tmp_path: Path) -> None:

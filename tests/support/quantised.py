@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from peft_moe.tuner.four_bit import keep_unpacked
+from peft_moe.tuner.base_checks import keep_unpacked
 
 from .zoo import Zoo
 
@@ -46,7 +46,7 @@ def by_transformers(config: Callable[[], Any]) -> Callable[[Zoo], nn.Module]:
             zoo.saved_base("llama"), quantization_config=config(), dtype=torch.float32, device_map="cpu"
         )
         # A bare base would change its own 4-bit weights in its first eval pass; see
-        # peft_moe/tuner/four_bit.py.
+        # peft_moe/tuner/base_checks.py.
         keep_unpacked(model, trains=True)
         return model.eval()
 

@@ -50,7 +50,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "NaN in a router": (poison("molora_router"), r"molora_router.* holds NaN"),
     "a lost router": (lambda t: t.pop(find(t, "molora_router")), r"molora_router.* is missing from the file"),
     "a lost expert tensor": (lambda t: t.pop(find(t, "molora_B")), r"molora_B is missing from the file"),
-    "an extra tensor": (add, r"no place for, such as .*layers\.7"),
+    "an extra tensor": (add, r"no place for, for example .*layers\.7"),
 }
 
 

@@ -83,7 +83,7 @@ def plan_native(mixture: Mixture, to: str, base: str | None, approximate: bool) 
     if saved is not None and not mixture.config.allow_base_mismatch:
         wanted = [name for name in saved.get("values", {}) if name in checkpoint.tensors]
         tensors = {name: _read(checkpoint, name) for name in wanted}
-        check_base_values(saved, tensors, whole=mixture.config.base_precision in (None, "full"))
+        check_base_values(saved, tensors, matrices=mixture.config.base_precision in (None, "full"))
     return plan
 
 

@@ -1,4 +1,4 @@
-"""A saved mixture's two files: whether they are sound and belong together, before a model is touched."""
+"""Checks of a saved mixture's two files before any model is touched: both are intact and fit together."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.molora_(?P<side>[AB])\
 def check_weights_file(
     folder: str | os.PathLike[str], specs: list[ExpertSpec], *, all_everywhere: bool = True
 ) -> None:
-    """Hold the header of a mixture's weights against its experts; a folder without weights passes.
+    """Compare the header of a mixture's weights with its experts; a folder without weights passes.
 
     Args:
-        folder: of the mixture.
-        specs: its experts.
-        all_everywhere: no layer has fewer experts than others.
+        folder: folder of the mixture.
+        specs: the mixture's experts.
+        all_everywhere: whether every layer has all experts.
 
     Raises:
-        PeftMoeError: the file is damaged, or is not that of these experts.
+        PeftMoeError: the file is damaged, or does not belong to these experts.
     """
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -39,10 +39,12 @@ def check_weights_file(
             f"{path} is not a sound safetensors file: {error}; copy the folder again, it may be truncated"
         ) from error
     for key, shape in rows.items():
-        found = _FACTOR.fullmatch(key)
-        wanted = sum(spec.rank_in(found["module"]) for spec in specs) if found else None
-        if wanted is not None and (not shape or shape[0] > wanted or (all_everywhere and shape[0] < wanted)):
+        factor = _FACTOR.fullmatch(key)
+        if factor is None:
+            continue
+        ranks = sum(spec.rank_in(factor["module"]) for spec in specs)
+        if not shape or shape[0] > ranks or (all_everywhere and shape[0] < ranks):
             raise PeftMoeError(
-                f"{path}: {key} has {list(shape)} rows, and the experts in {CONFIG_NAME} have {wanted} ranks "
-                "there; weights and config are not of one save: copy the folder again"
+                f"{path}: {key} has {list(shape)} rows, and the experts in {CONFIG_NAME} have {ranks} ranks "
+                "there; weights and config are not from one save: copy the folder again"
             )
