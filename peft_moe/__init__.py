@@ -5,7 +5,7 @@ Importing this package registers the method "MOLORA" with PEFT, after which ``ge
 """
 
 from .errors import PeftMoeError
-from .routers import Scorer, register_router
+from .routers import Scorer, register_loss, register_router
 from .routing.context import Routing, record_routing, routing_inputs
 from .routing.controls import use_experts, use_gates, use_temperature
 from .tuner.config.mixture import MoLoraConfig
@@ -24,6 +24,7 @@ __all__ = [
     "Scorer",
     "load_mixture",
     "record_routing",
+    "register_loss",
     "register_router",
     "routing_inputs",
     "save_mixture",

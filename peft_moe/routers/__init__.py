@@ -1,5 +1,6 @@
 """Routers: scorers read an input, the selector turns scores into gates, presets name known methods."""
 
+from .losses import register_loss
 from .presets import PRESETS, RECOMMENDED, Preset
 from .router import Router
 from .scorer import Scorer, available_scorers, register_router, scorer_class
@@ -21,6 +22,7 @@ __all__ = [
     "RouterSettings",
     "Scorer",
     "available_scorers",
+    "register_loss",
     "register_router",
     "scorer_class",
     "select",

@@ -73,7 +73,7 @@ def test_losses(case, name):
     routing = select(logits, RouterSettings("linear", num_experts=4, top_k=case["top_k"]))
     context = RoutingContext(real=torch.tensor(case["real"]).bool(), domains=torch.tensor(case["domains"]))
     options = loss_options(MoLoraConfig()).get(name, {})
-    found = LOSSES[name](routing, decision_weights(routing, context), context, **options)
+    found = LOSSES[name].function(routing, decision_weights(routing, context), context, **options)
     close(found, case["values"][name], VALUES)
     found.backward()
     close(logits.grad, case["gradients"][name], GRADIENTS)

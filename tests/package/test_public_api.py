@@ -15,6 +15,7 @@ PUBLIC = [
     "Scorer",
     "load_mixture",
     "record_routing",
+    "register_loss",
     "register_router",
     "routing_inputs",
     "save_mixture",

@@ -87,7 +87,7 @@ def by_hand(name, logits, real, domains, k=K):
 
 def computed(name, logits, ctx=PADDED, **fields):
     routing = decided(logits, **{**FIELDS.get(name, {}), **fields})
-    return LOSSES[name](routing, decision_weights(routing, ctx), ctx, **OPTIONS.get(name, {}))
+    return LOSSES[name].function(routing, decision_weights(routing, ctx), ctx, **OPTIONS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", NAMES)

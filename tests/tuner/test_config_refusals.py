@@ -95,6 +95,7 @@ BAD = {
     "router_lbc_coef": NOT_COEF,
     "router_lbc_delta": [0, 1, -0.1, NAN, "0.5", True, None],
     "router_l1_coef": NOT_OPTIONAL_COEF,
+    "loss_coefs": [{"nope": 0.1}, {"router_z_loss_coef": 0.1}, {"mine": NAN}, {1: 0.1}, "mine", 1, None],
     "router_l1_target": [0, 1, -0.1, NAN, "0.5", True],
     "expert_orthogonality_coef": NOT_COEF,
     "distillation_coef": NOT_COEF,

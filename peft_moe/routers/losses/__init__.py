@@ -1,12 +1,14 @@
-"""Losses on routing decisions: per layer, over real tokens only, then the mean over layers.
+"""Losses on routing decisions: computed per layer over real tokens, then averaged over layers.
 
-Pooling layers before the product, as is often done, hides collapse: four layers that each use one
-expert of four score a perfect 1.0 together, and 4.0 when each is judged by itself.
+Implementations often pool the layers before the product, which hides collapse: four layers that each use one
+expert of four score a perfect 1.0 together, and 4.0 when each layer is judged by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...routing.context import Routing, RoutingContext, RoutingRecord
-from .. import RouterSettings
+from ..settings import RouterSettings
 from .decisions import (
     entropy_loss,
     label_loss,
@@ -27,14 +29,16 @@ from .decisions import (
 from .distillation import distillation_kl
 from .experts import orthogonality_loss
 from .masks import present_columns, visible
+from .registry import LOSSES, Loss, LossFn, active_losses, coefficient_fields, loss_options, register_loss
 from .weighting import decision_domains, decision_weights
 
 __all__ = [
     "LOSSES",
-    "NEED_DOMAINS",
+    "Loss",
     "LossFn",
     "active_losses",
     "auxiliary_losses",
+    "coefficient_fields",
     "decision_domains",
     "decision_weights",
     "distillation_kl",
@@ -45,41 +49,16 @@ __all__ = [
     "loss_options",
     "orthogonality_loss",
     "present_columns",
+    "register_loss",
     "router_z_loss",
     "sparsity_loss",
     "visible",
     "zero_share",
 ]
 
-LossFn = Callable[..., Tensor]
-"""``(routing, weights, context, **options) → scalar``, for one layer."""
-
-# Config field of the weight -> loss. A new loss is one function and one line here.
-LOSSES: dict[str, LossFn] = {
-    "router_aux_loss_coef": load_balancing_loss,
-    "router_z_loss_coef": router_z_loss,
-    "router_entropy_coef": entropy_loss,
-    "router_label_loss_coef": label_loss,
-    "router_lbc_coef": localised_balancing_loss,
-    "router_l1_coef": sparsity_loss,
-}
-# Those of them that are about each sample's domain.
-NEED_DOMAINS = ("router_label_loss_coef", "router_lbc_coef")
-# Config fields that a loss reads beside its weight.
-_OPTIONS: dict[str, dict[str, str]] = {"router_lbc_coef": {"delta": "router_lbc_delta"}}
-
-
-def active_losses(config: Any) -> list[str]:
-    """Config fields of the losses on decisions whose weight is not zero."""
-    return [name for name in LOSSES if getattr(config, name) != 0]
-
-
-def loss_options(config: Any) -> dict[str, dict[str, Any]]:
-    """What the losses of a config read beside their weights, by the weight's field."""
-    return {
-        name: {option: getattr(config, field) for option, field in fields.items()}
-        for name, fields in _OPTIONS.items()
-    }
+# A file in this folder registers its losses when it is imported.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def auxiliary_losses(
@@ -89,17 +68,17 @@ def auxiliary_losses(
     settings: Mapping[str, RouterSettings] | None = None,
     options: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Tensor]:
-    """Un-weighted losses of the last forward pass, each the mean over its routers.
+    """Compute the unweighted losses of the last forward pass, each the mean over its routers.
 
     Args:
         record: from :func:`peft_moe.record_routing`.
         names: keys of :data:`LOSSES`.
-        settings: of the routers, by the names under which they were recorded; with them, columns that a
-            layer lacks and experts that are always on do not count.
-        options: from :func:`loss_options`; needed by ``router_lbc_coef``.
+        settings: the routers' settings, by the names under which their decisions are recorded. With them,
+            columns that a layer lacks and experts that are always on do not count.
+        options: from :func:`loss_options`; ``router_lbc_coef`` needs them.
 
     Returns:
-        name to scalar; empty where no router scored anything.
+        A scalar for each name; empty if no router computed scores.
     """
     context = record.context
     scored = {name: r for name, r in record.decisions.items() if r.logits is not None}
@@ -108,7 +87,7 @@ def auxiliary_losses(
     seen = [visible(routing, context, (settings or {}).get(name)) for name, routing in scored.items()]
     device = seen[0][0].gates.device  # a model may be spread over several
     return {
-        name: _mean_over_layers(partial(LOSSES[name], **(options or {}).get(name, {})), seen, device)
+        name: _mean_over_layers(partial(LOSSES[name].function, **(options or {}).get(name, {})), seen, device)
         for name in names
     }
 

@@ -10,9 +10,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...routing.context import Routing, RoutingContext
+from ..settings import RouterSettings
+from .registry import register_loss
 from .weighting import decision_domains, weighted_mean
 
 
+def _constant_on_dense_gates(settings: RouterSettings) -> str | None:
+    if settings.is_sparse:
+        return None
+    return (
+        "has no effect on dense gates (every expert is always selected, so the loss is constant); set top_k "
+        "below the number of experts"
+    )
+
+
+@register_loss(field="router_aux_loss_coef", log="load_balancing_loss", objection=_constant_on_dense_gates)
 def load_balancing_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) -> Tensor:
     """``X · Σ_e f_e P_e`` (Switch, arXiv 2101.03961, eq. 4, extended to top-k as in Mixtral).
 
@@ -34,12 +46,20 @@ def load_balancing_loss(routing: Routing, weights_BT: Tensor, context: RoutingCo
     return logits_BTX.shape[-1] * (shares_X * probabilities_X).sum()
 
 
+def _made_for_softmax(settings: RouterSettings) -> str | None:
+    if settings.scoring_func == "softmax":
+        return None
+    return f"is made for softmax scores, not scoring_func={settings.scoring_func!r}; set it to 0"
+
+
+@register_loss(field="router_z_loss_coef", log="router_z_loss", objection=_made_for_softmax)
 def router_z_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) -> Tensor:
     """Mean of ``logsumexp(logits)²``, which keeps scores small (ST-MoE, arXiv 2202.08906, eq. 5)."""
     squares_BT1 = torch.logsumexp(_logits(routing), dim=-1, keepdim=True).square()
     return weighted_mean(squares_BT1, weights_BT).squeeze(-1)
 
 
+@register_loss(field="router_entropy_coef", log="router_entropy_loss")
 def entropy_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) -> Tensor:
     """Mean of ``−Σ_e p_e log p_e`` in nats, p the softmax of the scores: 0 to log X.
 
@@ -50,6 +70,7 @@ def entropy_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) 
     return weighted_mean(entropy_BT1, weights_BT).squeeze(-1)
 
 
+@register_loss(field="router_label_loss_coef", log="router_label_loss", needs_domains=True)
 def label_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) -> Tensor:
     """Cross-entropy of the scores with the right column of each decision; unknown ones (-1) are skipped.
 
@@ -69,6 +90,12 @@ def label_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) ->
     return weighted_mean(losses_BT.view(target_BT.shape)[..., None], weights_BT * known_BT).squeeze(-1)
 
 
+@register_loss(
+    field="router_lbc_coef",
+    log="router_lbc_loss",
+    needs_domains=True,
+    options={"delta": "router_lbc_delta"},
+)
 def localised_balancing_loss(
     routing: Routing, weights_BT: Tensor, context: RoutingContext, *, delta: float
 ) -> Tensor:
@@ -102,6 +129,13 @@ def localised_balancing_loss(
     return loads_BX.var(correction=0) / loads_BX.mean().square()
 
 
+def _needs_zero_gates(settings: RouterSettings) -> str | None:
+    if settings.scoring_func == "relu":
+        return None
+    return "has no effect where weights sum to a constant or cannot reach zero; set scoring_func='relu'"
+
+
+@register_loss(field="router_l1_coef", log="router_l1_loss", objection=_needs_zero_gates)
 def sparsity_loss(routing: Routing, weights_BT: Tensor, context: RoutingContext) -> Tensor:
     """Mean of the routed experts' gates: the L1 penalty of ReLU gates (ReMoE, arXiv 2412.14711, eq. 7)."""
     return weighted_mean(routing.gates, weights_BT).mean()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...routing.context import Routing, RoutingContext
-from .. import RouterSettings
+from ..settings import RouterSettings
 
 
 def present_columns(settings: RouterSettings) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PeftMoeError, near_matches
-from ...routers.losses import NEED_DOMAINS
+from ...routers.losses import LOSSES, active_losses
 from ...tuner.config.domains import UNKNOWN, domain_columns
 from ...tuner.config.mixture import MoLoraConfig
 
@@ -85,10 +85,12 @@ def per_row_domains(inputs: dict[str, Any]) -> Tensor | None:
 
 def needs_domains(config: MoLoraConfig, has_teacher: bool) -> str | None:
     """Return the config field, as ``name=value``, that needs each sample's domain; None if there is none."""
-    names = [name for name in NEED_DOMAINS if getattr(config, name) != 0]
+    for name in active_losses(config):
+        if LOSSES[name].needs_domains:
+            return LOSSES[name].describe(config)
     if config.distillation_coef != 0 and not has_teacher:
-        names.append("distillation_coef")
-    return f"{names[0]}={getattr(config, names[0])}" if names else None
+        return f"distillation_coef={config.distillation_coef}"
+    return None
 
 
 def check_domains(dataset: Any, config: MoLoraConfig, args: Any, *, has_teacher: bool = False) -> None:

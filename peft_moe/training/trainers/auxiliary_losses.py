@@ -9,20 +9,18 @@ from torch import Tensor, nn
 
 from ...errors import PeftMoeError
 from ...routers import Router
-from ...routers.losses import NEED_DOMAINS, active_losses, auxiliary_losses, loss_options, orthogonality_loss
+from ...routers.losses import LOSSES, active_losses, auxiliary_losses, loss_options, orthogonality_loss
 from ...routing.context import RoutingRecord
 from ...tuner.config.mixture import MoLoraConfig
 from ...tuner.layers.linear import MoLoraLayer
 
-LOG_NAMES = {
-    "router_aux_loss_coef": "load_balancing_loss",
-    "router_z_loss_coef": "router_z_loss",
-    "router_entropy_coef": "router_entropy_loss",
-    "router_label_loss_coef": "router_label_loss",
-    "router_lbc_coef": "router_lbc_loss",
-    "router_l1_coef": "router_l1_loss",
-    "expert_orthogonality_coef": "expert_orthogonality_loss",
-}
+# The one loss on the experts' own weights; the others are on decisions, and registered.
+_ON_EXPERTS = "expert_orthogonality_coef"
+
+
+def log_name(name: str) -> str:
+    """Return the log entry of a loss, given its key: a config field or a key of ``loss_coefs``."""
+    return "expert_orthogonality_loss" if name == _ON_EXPERTS else LOSSES[name].log
 
 
 class AuxiliaryTerms:
@@ -39,14 +37,16 @@ class AuxiliaryTerms:
         self.options = loss_options(config)
 
     def weight(self, name: str) -> float:
-        """What the loss of this config field is multiplied by now."""
-        value = getattr(self.config, name)
+        """Return the current factor of the loss with this key."""
+        if name == _ON_EXPERTS:
+            return float(self.config.expert_orthogonality_coef)
+        value = LOSSES[name].coefficient(self.config)
         return float(self.values.get("l1_weight", value) if name == "router_l1_coef" else value)
 
     def losses(
         self, record: RoutingRecord, routers: Mapping[str, Router], model: nn.Module
     ) -> dict[str, Tensor]:
-        """Un-weighted losses of one pass, by config field.
+        """Compute the unweighted losses of one pass, by key.
 
         Args:
             record: of the pass; without domains, the losses about them are left out.
@@ -58,7 +58,7 @@ class AuxiliaryTerms:
         """
         names = active_losses(self.config)
         if record.context is not None and record.context.domains is None:
-            names = [name for name in names if name not in NEED_DOMAINS]
+            names = [name for name in names if not LOSSES[name].needs_domains]
         settings = {name: router.settings for name, router in routers.items()}
         losses = auxiliary_losses(record, names, settings=settings, options=self.options)
         if names and not losses:
@@ -67,7 +67,7 @@ class AuxiliaryTerms:
                 f"{self.adapter!r} active and enabled?"
             )
         if self.config.expert_orthogonality_coef != 0:
-            losses["expert_orthogonality_coef"] = self._orthogonality(model)
+            losses[_ON_EXPERTS] = self._orthogonality(model)
         return losses
 
     def _orthogonality(self, model: nn.Module) -> Tensor:

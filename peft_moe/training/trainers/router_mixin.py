@@ -28,7 +28,7 @@ from ..data.domain_labels import (
     per_row_domains,
     refuse_unlabelled,
 )
-from .auxiliary_losses import LOG_NAMES, AuxiliaryTerms
+from .auxiliary_losses import AuxiliaryTerms, log_name
 from .checkpoints import checked_resume, seal, unseal
 from .checks import (
     check_checkpointing,
@@ -252,7 +252,7 @@ class RouterTrainerMixin:
             log[key].append(value)
         divisor = self._accumulation_divisor(num_items) if training else 1
         for name, loss in self._terms.losses(record, self._routers, self.model).items():
-            log[LOG_NAMES[name]].append(float(loss.detach()))
+            log[log_name(name)].append(float(loss.detach()))
             total = total + (self._terms.weight(name) * loss / divisor).to(total.device)
         if training:
             self._updates.count_decisions(record)

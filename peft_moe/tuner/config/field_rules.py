@@ -27,20 +27,12 @@ from ...io.values import (
 )
 from ...ops import check_backend
 from ...routers import SCORING_FUNCS
+from ...routers.losses import coefficient_fields
 from ...routers.pooling import POOLS
 from .fields import MixtureFields
 
-# Weights of losses that a trainer adds.
-COEFFICIENTS = (
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "router_entropy_coef",
-    "router_label_loss_coef",
-    "router_lbc_coef",
-    "router_l1_coef",
-    "expert_orthogonality_coef",
-    "distillation_coef",
-)
+# Weights of losses that a trainer adds, each a field of its own.
+COEFFICIENTS = (*coefficient_fields(), "expert_orthogonality_coef", "distillation_coef")
 
 # A damaged config must not fill the screen.
 _shown = reprlib.Repr()
@@ -204,6 +196,10 @@ _VALID: dict[str, tuple[str, Predicate]] = {
     "weights_digest": ("text that saving fills; leave it out", optional(is_word)),
     "base_precision": ("text such as 'full' or 'bitsandbytes nf4'; injection fills it", optional(is_word)),
     **dict.fromkeys(COEFFICIENTS, (_NOT_NEGATIVE, is_not_negative)),
+    "loss_coefs": (
+        "a dict of registered losses' names and finite numbers; 0 switches one off",
+        dict_of(is_word, is_finite),
+    ),
     # Presets may fill these.
     "router_aux_loss_coef": (_NOT_NEGATIVE, optional(is_not_negative)),
     "router_l1_coef": (_NOT_NEGATIVE, optional(is_not_negative)),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...errors import PeftMoeError
+from ...errors import PeftMoeError, near_matches
 from ...routers import RouterSettings, Scorer
-from .field_rules import COEFFICIENTS
+from ...routers.losses import LOSSES, active_losses
 from .fields import MixtureFields
 
 
@@ -85,31 +85,20 @@ def check_losses(config: MixtureFields, settings: RouterSettings, scorer: type[S
     Raises:
         PeftMoeError: naming the weight and the reason.
     """
-    of_router = [name for name in COEFFICIENTS if name.startswith("router") and getattr(config, name) != 0]
-    if of_router and not scorer.trainable:
+    _check_loss_names(config)
+    active = [LOSSES[name] for name in active_losses(config)]
+    if active and not scorer.trainable:
         raise PeftMoeError(
-            f"{of_router[0]}={getattr(config, of_router[0])} has no effect: router={config.router!r} does "
-            "not train"
+            f"{active[0].describe(config)} has no effect: router={config.router!r} does not train"
         )
-    reasons = {
-        "router_aux_loss_coef": (
-            not settings.is_sparse,
-            "on dense gates (every expert is always selected, so the loss is constant); set top_k below the "
-            "number of experts",
-        ),
-        "router_l1_coef": (
-            settings.scoring_func != "relu",
-            "where weights sum to a constant or cannot reach zero; set scoring_func='relu'",
-        ),
-        "expert_orthogonality_coef": (not config.experts_train, "on frozen experts; set it to 0"),
-    }
-    for name, (idle, why) in reasons.items():
-        if getattr(config, name) > 0 and idle:
-            raise PeftMoeError(f"{name}={getattr(config, name)} has no effect {why}")
-    if config.router_z_loss_coef > 0 and settings.scoring_func != "softmax":
+    for loss in active:
+        reason = loss.objection(settings) if loss.objection is not None else None
+        if reason is not None:
+            raise PeftMoeError(f"{loss.describe(config)} {reason}")
+    if config.expert_orthogonality_coef > 0 and not config.experts_train:
         raise PeftMoeError(
-            f"router_z_loss_coef={config.router_z_loss_coef} is made for softmax scores, not "
-            f"scoring_func={settings.scoring_func!r}; set it to 0"
+            f"expert_orthogonality_coef={config.expert_orthogonality_coef} has no effect on frozen experts; "
+            "set it to 0"
         )
     if settings.scoring_func == "relu" and settings.norm_topk_prob:
         raise PeftMoeError(
@@ -118,10 +107,29 @@ def check_losses(config: MixtureFields, settings: RouterSettings, scorer: type[S
         )
     dependent = {
         "router_l1_target": ("router_l1_coef", None),
-        "router_lbc_delta": ("router_lbc_coef", 0.1),
+        **{
+            name: (loss.key, type(config).__dataclass_fields__[name].default)
+            for loss in LOSSES.values()
+            if loss.has_field
+            for name in loss.options.values()
+        },
         "distillation_temperature": ("distillation_coef", 1.0),
         "distillation_adaptive": ("distillation_coef", False),
     }
     for name, (needed, default) in dependent.items():
         if getattr(config, name) != default and not getattr(config, needed):
             raise PeftMoeError(f"{name}={getattr(config, name)} has no effect with {needed}=0; set {needed}")
+
+
+def _check_loss_names(config: MixtureFields) -> None:
+    for name in config.loss_coefs:
+        if name not in LOSSES:
+            raise PeftMoeError(
+                f"loss_coefs={config.loss_coefs}: {name!r} is not a registered loss; register it with "
+                f"peft_moe.register_loss before the config is made.{near_matches(name, LOSSES)}"
+            )
+        if LOSSES[name].has_field:
+            raise PeftMoeError(
+                f"loss_coefs={config.loss_coefs}: {name!r} is a field of MoLoraConfig; set "
+                f"{name}={config.loss_coefs[name]} there"
+            )

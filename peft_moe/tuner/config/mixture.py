@@ -160,4 +160,6 @@ class MoLoraConfig(MixtureFields):
         """JSON-ready; sets are sorted, so that the file's bytes do not depend on hashing."""
         values = super().to_dict()
         values.pop("target_parameters", None)
+        if not values.get("loss_coefs"):
+            values.pop("loss_coefs", None)  # files without registered losses stay readable by older versions
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}

@@ -88,6 +88,8 @@ class RoutingFields:
         router_l1_coef: of the mean of the gates (ReMoE).
         router_l1_target: share of zero gates to steer towards, by raising and lowering the L1 weight;
             None keeps it.
+        loss_coefs: weights of further losses on decisions, by the name under which
+            :func:`peft_moe.register_loss` registered each.
         expert_orthogonality_coef: of the mean squared cosine between the A factors of different
             experts; only where experts train.
         distillation_coef: β of β·T²·KL(teacher ‖ mixture) on completion tokens; the teacher is the one
@@ -128,6 +130,7 @@ class RoutingFields:
     router_lbc_delta: float = 0.1
     router_l1_coef: float | None = None
     router_l1_target: float | None = None
+    loss_coefs: dict[str, float] = field(default_factory=dict)
     expert_orthogonality_coef: float = 0.0
     distillation_coef: float = 0.0
     distillation_temperature: float = 1.0
