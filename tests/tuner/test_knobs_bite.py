@@ -185,7 +185,7 @@ BITES: dict[str, Row] = {
 # Fields with a test of their own below: they refuse or warn, instead of changing a number.
 REFUSALS = {
     "format_version",
-    "loss_coefs",  # in tests/routers/test_loss_registry.py, which registers a loss
+    "loss_coefs",  # in tests/training/test_register_loss.py, which registers a loss
     "allow_base_mismatch",
     "base_precision",
     "base_fingerprint",

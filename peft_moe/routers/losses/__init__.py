@@ -29,7 +29,16 @@ from .decisions import (
 from .distillation import distillation_kl
 from .experts import orthogonality_loss
 from .masks import present_columns, visible
-from .registry import LOSSES, Loss, LossFn, active_losses, coefficient_fields, loss_options, register_loss
+from .registry import (
+    LOSSES,
+    Loss,
+    LossFn,
+    active_losses,
+    check_loss_names,
+    coefficient_fields,
+    loss_options,
+    register_loss,
+)
 from .weighting import decision_domains, decision_weights
 
 __all__ = [
@@ -38,6 +47,7 @@ __all__ = [
     "LossFn",
     "active_losses",
     "auxiliary_losses",
+    "check_loss_names",
     "coefficient_fields",
     "decision_domains",
     "decision_weights",

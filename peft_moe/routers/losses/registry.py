@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...errors import PeftMoeError
+from ...errors import PeftMoeError, near_matches
 from ..settings import RouterSettings
 
 LossFn = Callable[..., Tensor]
@@ -114,6 +114,25 @@ def register_loss(
 
 def _origin(function: LossFn) -> str:
     return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+
+
+def check_loss_names(loss_coefs: Mapping[str, float]) -> None:
+    """Check the keys of a config's ``loss_coefs``.
+
+    Raises:
+        PeftMoeError: no loss is registered under a name, or the name is a field of the config.
+    """
+    for name, coefficient in loss_coefs.items():
+        if name not in LOSSES:
+            raise PeftMoeError(
+                f"loss_coefs={dict(loss_coefs)}: {name!r} is not a registered loss; register it with "
+                f"peft_moe.register_loss before the config is made.{near_matches(name, LOSSES)}"
+            )
+        if LOSSES[name].has_field:
+            raise PeftMoeError(
+                f"loss_coefs={dict(loss_coefs)}: {name!r} is a field of MoLoraConfig; it must be "
+                f"set as {name}={coefficient}"
+            )
 
 
 def coefficient_fields() -> tuple[str, ...]:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from ...errors import PeftMoeError
 from ...routers import Router
-from ...routers.losses import LOSSES, active_losses, auxiliary_losses, loss_options, orthogonality_loss
+from ...routers.losses import (
+    LOSSES,
+    active_losses,
+    auxiliary_losses,
+    check_loss_names,
+    loss_options,
+    orthogonality_loss,
+)
 from ...routing.context import RoutingRecord
 from ...tuner.config.mixture import MoLoraConfig
 from ...tuner.layers.linear import MoLoraLayer
@@ -34,6 +41,7 @@ class AuxiliaryTerms:
 
     def __init__(self, config: MoLoraConfig, adapter: str, values: dict[str, float]) -> None:
         self.config, self.adapter, self.values = config, adapter, values
+        check_loss_names(config.loss_coefs)  # a config that was loaded for inference has not been checked
         self.options = loss_options(config)
 
     def weight(self, name: str) -> float:

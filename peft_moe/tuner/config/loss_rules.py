@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...errors import PeftMoeError, near_matches
+from ...errors import PeftMoeError
 from ...routers import RouterSettings, Scorer
-from ...routers.losses import LOSSES, active_losses
+from ...routers.losses import LOSSES, active_losses, check_loss_names
 from .fields import MixtureFields
 
 
@@ -85,7 +85,8 @@ def check_losses(config: MixtureFields, settings: RouterSettings, scorer: type[S
     Raises:
         PeftMoeError: naming the weight and the reason.
     """
-    _check_loss_names(config)
+    if not config.inference_mode:  # a saved mixture answers without the losses of its training
+        check_loss_names(config.loss_coefs)
     active = [LOSSES[name] for name in active_losses(config)]
     if active and not scorer.trainable:
         raise PeftMoeError(
@@ -119,17 +120,3 @@ def check_losses(config: MixtureFields, settings: RouterSettings, scorer: type[S
     for name, (needed, default) in dependent.items():
         if getattr(config, name) != default and not getattr(config, needed):
             raise PeftMoeError(f"{name}={getattr(config, name)} has no effect with {needed}=0; set {needed}")
-
-
-def _check_loss_names(config: MixtureFields) -> None:
-    for name in config.loss_coefs:
-        if name not in LOSSES:
-            raise PeftMoeError(
-                f"loss_coefs={config.loss_coefs}: {name!r} is not a registered loss; register it with "
-                f"peft_moe.register_loss before the config is made.{near_matches(name, LOSSES)}"
-            )
-        if LOSSES[name].has_field:
-            raise PeftMoeError(
-                f"loss_coefs={config.loss_coefs}: {name!r} is a field of MoLoraConfig; set "
-                f"{name}={config.loss_coefs[name]} there"
-            )
