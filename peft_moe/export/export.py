@@ -21,11 +21,9 @@ from .merged import export_merged
 from .mixture_tensors import Mixture, open_mixture
 from .native.gap import gather_evidence
 from .native.native import export_native, plan_native
-from .native.plan import NATIVE
+from .native.target import native_targets
 from .report import REPORT_FILE, ExportReport
 
-NATIVE_KINDS = ("native", *NATIVE)
-KINDS = ("lora", "merged", "adapters", "distilled-lora", *NATIVE_KINDS)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Which options each kind has; one that would have no effect is refused.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -33,8 +31,18 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "merged": ("gates", "base", "dtype"),
     "adapters": (),
     "distilled-lora": ("rank", "base", "dtype", "distillation"),
-    **dict.fromkeys(NATIVE_KINDS, ("base", "dtype", "approximate", "data", "max_shard_size")),
 }
+_NATIVE_OPTIONS = ("base", "dtype", "approximate", "data", "max_shard_size")
+
+
+def native_kinds() -> list[str]:
+    """Return the kinds that write a native MoE: "native", and the name of each target."""
+    return ["native", *native_targets()]
+
+
+def export_kinds() -> list[str]:
+    """Return everything that ``export(to=…)`` takes."""
+    return [*_OPTIONS, *native_kinds()]
 
 
 def export(
@@ -88,7 +96,7 @@ def export(
         check_distillation(found, rank, distillation)
     kept = _DTYPES[dtype] if dtype is not None else None
     report = ExportReport(to, found.label, place, base or found.base, found.config.expert_names)
-    if to in NATIVE_KINDS:
+    if to in native_kinds():
         return _native(found, report, to, given, kept)
     _write(found, report, given, kept)
     return report
@@ -119,23 +127,24 @@ def _native(
     evidence = None
     if plan.obstacles or approximate or data is not None:
         evidence = gather_evidence(found, plan, data, base, dtype, report)
-    report.kind = plan.kind
+    report.kind = plan.target.name
     with new_folder(report.out) as folder:
         export_native(found, folder, report, evidence, plan, dtype=dtype, most_bytes=most_bytes)
         write_json(folder / REPORT_FILE, report.to_dict(), indent=2, strict=True)
     return report
 
 
-def _check(to: str, given: Mapping[str, Any]) -> None:
-    if to not in KINDS:
-        raise PeftMoeError(f"to={to!r} is not known.{near_matches(str(to), KINDS)}")
-    for name, value in given.items():
-        if value is not None and name not in _OPTIONS[to]:
-            kinds = [kind for kind, options in _OPTIONS.items() if name in options]
+def _check(to: str, options: Mapping[str, Any]) -> None:
+    accepted = {**_OPTIONS, **dict.fromkeys(native_kinds(), _NATIVE_OPTIONS)}
+    if to not in accepted:
+        raise PeftMoeError(f"to={to!r} is not known.{near_matches(str(to), accepted)}")
+    for name, value in options.items():
+        if value is not None and name not in accepted[to]:
+            kinds = [kind for kind, names in accepted.items() if name in names]
             raise PeftMoeError(
                 f"{name}={value!r} has no effect with to={to!r}, only with {' or '.join(kinds)}"
             )
-    rank, dtype = given["rank"], given["dtype"]
+    rank, dtype = options["rank"], options["dtype"]
     if not optional(is_count)(rank):
         raise PeftMoeError(f"rank={rank!r} must be a whole number of at least 1")
     if dtype is not None and dtype not in _DTYPES:

@@ -82,11 +82,11 @@ def export(
     """
     from ...export import Distillation
     from ...export import export as write
-    from ...export.export import NATIVE_KINDS
+    from ...export.export import native_kinds
     from ...export.gates import read_gates
 
     distillation = None
-    native = to in NATIVE_KINDS
+    native = to in native_kinds()
     if data is not None and not native:
         distillation = Distillation(
             str(data), str(eval_data) if eval_data else None, steps=steps, learning_rate=learning_rate,

@@ -1,7 +1,7 @@
-"""A block mixture as a native MoE checkpoint, streamed: Mixtral, Qwen2-MoE or Qwen3-MoE.
+"""A block mixture as a native MoE checkpoint, written tensor by tensor.
 
-Files hold the names that these models have on the Hub: a tensor per linear of each expert. transformers fuses
-them as it loads, vLLM, SGLang and llama.cpp read them.
+Files hold the names that the target's models have on the Hub: one tensor per linear layer of each expert.
+transformers fuses them when it loads them; vLLM, SGLang and llama.cpp read them as they are.
 
 Letters: H hidden size, F features of a network, E experts.
 """
@@ -27,16 +27,10 @@ from ..base_model import take_along
 from ..mixture_tensors import Mixture
 from ..report import ExportReport
 from .gap import Evidence, measure_gap
-from .plan import CLASSES, FFN, NativePlan, Terms, make_plan
-from .servers import half_open, server_notes
+from .plan import NativePlan, Terms, make_plan
+from .target import FFN
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# gate, up and down of one expert, and the module that holds experts and gate.
-_NAMES = {
-    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen2-moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-    "qwen3-moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-}
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -101,35 +95,32 @@ class Weights:
                 continue  # counted, not learnt
             match = FFN.fullmatch(name.removesuffix(".weight"))
             layer = int(match[1]) if match else None
-            if layer is None or not self._is_sparse(layer):
+            if layer is None or not self.plan.has_experts(layer):
                 yield self._piece(name, at.shape, partial(self._kept, name))
             elif match and match[2] == "gate_proj":
                 yield from self._network(layer)
-
-    def _is_sparse(self, layer: int) -> bool:
-        return self.plan.kind == "mixtral" or layer in self.plan.gates
 
     def _piece(self, name: str, shape: tuple[int, ...], make: Any) -> Piece:
         return Piece(name, tuple(shape), self.dtype, lambda: make().to(self.dtype))
 
     def _network(self, layer: int) -> Iterator[Piece]:
-        plan = self.plan
-        holder, *names = _NAMES[plan.kind]
-        hidden, prefix = int(plan.base_config.hidden_size), f"model.layers.{layer}.{holder}"
+        plan, target = self.plan, self.plan.target
+        hidden, prefix = int(plan.base_config.hidden_size), f"model.layers.{layer}.{target.experts_module}"
         yield self._piece(f"{prefix}.gate.weight", (len(plan.routed), hidden), partial(self._gate, layer))
+        size = plan.layout.expert_size
         for number, terms in enumerate(plan.routed):
-            # Of an unmixed layer, which only Mixtral makes sparse, each expert is the base's network.
-            own: Terms = terms if layer in plan.gates else ((None, 1.0),)
-            yield from self._expert(f"{prefix}.experts.{number}", layer, own, plan.expert_size, names)
-        if plan.kind == "qwen2-moe":
+            # In a layer that the mixture does not adapt, each expert is the base's network.
+            networks: Terms = terms if layer in plan.gates else ((None, 1.0),)
+            yield from self._expert(f"{prefix}.experts.{number}", layer, networks, size)
+        if target.shared_expert is not None:
+            shared = f"{prefix}.{target.shared_expert}"
             doubled = tuple((e, 2.0 * factor) for e, factor in plan.shared)
-            yield from self._expert(f"{prefix}.shared_expert", layer, doubled, plan.shared_size, names)
-            name = f"{prefix}.shared_expert_gate.weight"
-            yield self._piece(name, (1, hidden), lambda: half_open(hidden, self.dtype))
+            yield from self._expert(shared, layer, doubled, plan.layout.shared_size)
+            yield self._piece(f"{shared}_gate.weight", (1, hidden), lambda: half_open(hidden, self.dtype))
 
-    def _expert(self, prefix: str, layer: int, terms: Terms, size: int, names: list[str]) -> Iterator[Piece]:
+    def _expert(self, prefix: str, layer: int, terms: Terms, size: int) -> Iterator[Piece]:
         hidden = int(self.plan.base_config.hidden_size)
-        for linear, name in zip(_LINEARS, names, strict=True):
+        for linear, name in zip(_LINEARS, self.plan.target.linears, strict=True):
             shape = (hidden, size) if linear == "down_proj" else (size, hidden)
             make = partial(self._side_by_side, layer, linear, terms, shape)
             yield self._piece(f"{prefix}.{name}.weight", shape, make)
@@ -176,6 +167,18 @@ class Weights:
         return gate.weight
 
 
+def half_open(hidden: int, dtype: torch.dtype) -> Tensor:
+    """Return weights [1, H] of a shared expert's gate whose sigmoid is 1/2 in float32.
+
+    They are not zero, because llama.cpp computes the sigmoid of s as silu(s)/s.
+
+    Args:
+        hidden: H.
+        dtype: dtype of the written weights; float16 holds nothing below 2^-24.
+    """
+    return torch.full((1, hidden), 2.0 ** (-23 if dtype == torch.float16 else -30))
+
+
 def _added(weight_OI: Tensor, A_rI: Tensor, B_rO: Tensor, scales_r: Tensor) -> Tensor:
     wide = torch.promote_types(torch.promote_types(weight_OI.dtype, A_rI.dtype), torch.float32)
     A_rI, B_rO = A_rI.detach().cpu().to(wide), B_rO.detach().cpu().to(wide)
@@ -213,22 +216,22 @@ def _write_config(plan: NativePlan, folder: Path, dtype: str) -> None:
 
 
 def _notes(plan: NativePlan, weights: Weights) -> list[str]:
-    config, notes = plan.mixture.config, []
-    sparse = [n for n in range(plan.layers) if weights._is_sparse(n)]
+    config, target, layout, notes = plan.mixture.config, plan.target, plan.layout, []
+    sparse = [n for n in range(layout.layers) if plan.has_experts(n)]
     notes.append(
-        f"{CLASSES[plan.kind]}: {len(plan.routed)} experts of {plan.expert_size} features, "
-        f"{plan.top_k} per token, in {len(sparse)} of {plan.layers} layers."
+        f"{target.architecture}: {layout.experts} experts of {layout.expert_size} features, "
+        f"{plan.top_k} per token, in {len(sparse)} of {layout.layers} layers."
     )
     copied = [n for n in sparse if n not in plan.gates]
     if copied:
         notes.append(
-            f"Layers {copied} are not mixed, but Mixtral has experts in every layer: there all "
-            f"{len(plan.routed)} are the base's network, which costs memory and nothing else."
+            f"Layers {copied} are not mixed, but {target.title} has experts in every layer: there all "
+            f"{layout.experts} are the base's network, which costs memory and nothing else."
         )
     if any(len(terms) > 1 for terms in plan.routed) or plan.shared:
         notes.append(
             "What is always on, or left to the base, stands in the shared expert of "
-            f"{plan.shared_size} features."
+            f"{layout.shared_size} features."
         )
     if weights.dtype.itemsize < 4:
         notes.append(
@@ -241,5 +244,5 @@ def _notes(plan: NativePlan, weights: Weights) -> list[str]:
             f"The mixture was made on a base in {made_on}; here it stands on {plan.base.location} in full "
             "precision, whose hidden states differ a little: measure before you rely on it (--data)."
         )
-    notes += server_notes(plan)
-    return notes + [f"Approximated: {one.reason}: {one.instead}." for one in plan.obstacles]
+    notes += [f"Servers: {note}." for note in target.server_notes(layout)]
+    return notes + [f"Approximated: {part.reason}: {part.instead}." for part in plan.obstacles]

@@ -1,48 +1,38 @@
-"""Whether a block mixture is a native MoE, and which: architectures, experts as sums of networks, configs.
+"""Whether a block mixture is a native MoE: experts as sums of networks, and what stands against it.
+
+A block mixture computes
 
     y = FFN(x) + Σ_shared (FFN_s - FFN) + λ Σ_k p_k (FFN_k - FFN)
 
-is what a mixture computes. Where the routed weights sum to 1 and nothing is shared, that is Σ p_k FFN_k, any
-MoE. Qwen2-MoE has a shared expert too, whose sigmoid gate is 1/2 at tiny weights: with its last matrix
-doubled it adds any sum of networks side by side, so that there the rest can be said exactly, too.
+If the routed weights sum to 1, λ is 1 and no expert is shared, this is Σ p_k FFN_k, which any MoE computes.
+A target with a shared expert can represent the other cases exactly, too. The sigmoid gate of that expert is 1/2
+at tiny weights, so with its last matrix doubled it adds any sum of networks that stand side by side in it.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import PreTrainedConfig
 
 from ...errors import PeftMoeError
 from ...io.checkpoint import Checkpoint
 from ..mixture_tensors import Mixture
 from .gates import Gate, gate_of
+from .target import FFN, Layout, NativeTarget, find_target
 
-# Networks by the index of their expert, None for the base's own, each with what it is multiplied by.
+# A sum of networks: index of the expert (None is the base's own network), and the network's factor.
 Terms = tuple[tuple[int | None, float], ...]
-NATIVE = {"mixtral": ("llama", "mistral"), "qwen2-moe": ("qwen2",), "qwen3-moe": ("qwen3",)}
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "mixtral": MixtralConfig,
-    "qwen2-moe": Qwen2MoeConfig,
-    "qwen3-moe": Qwen3MoeConfig,
-}
-CLASSES = {
-    "mixtral": "MixtralForCausalLM",
-    "qwen2-moe": "Qwen2MoeForCausalLM",
-    "qwen3-moe": "Qwen3MoeForCausalLM",
-}
-FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something that the native model cannot do.
+    """A part of a mixture that the native model cannot compute.
 
     Attributes:
-        reason: what, and why not.
-        instead: what an approximation does; None where there is none.
+        reason: the part, and why it cannot be computed.
+        instead: what an approximation does; None if there is no approximation.
     """
 
     reason: str
@@ -51,22 +41,23 @@ class Obstacle:
 
 @dataclass
 class NativePlan:
-    """What is to be written.
+    """A native model that is going to be written.
 
     Attributes:
-        kind: of the native model.
+        target: its architecture.
         base: the model that the mixture stands on.
-        base_config: its config.
+        base_config: config of the base.
         mixture: what is exported.
-        gates: of each mixed layer, by its number.
-        routed: networks of each routed expert.
-        shared: networks that are always on; none but in Qwen2-MoE.
-        top_k, norm: of the gates.
-        outside: modules with experts that lie in no feed-forward network.
-        obstacles: what stands against it.
+        gates: gate of each mixed layer, by the layer's number.
+        routed: sum of networks of each routed expert.
+        shared: sum of networks that are always on; empty if the target has no shared expert.
+        top_k: number of experts per token.
+        norm: whether their weights are divided by their sum.
+        outside: adapted modules that lie in no feed-forward network.
+        obstacles: parts of the mixture that the target cannot compute.
     """
 
-    kind: str
+    target: NativeTarget
     base: Checkpoint
     base_config: Any
     mixture: Mixture
@@ -79,41 +70,41 @@ class NativePlan:
     obstacles: list[Obstacle] = field(default_factory=list)
 
     @property
-    def layers(self) -> int:
-        """How many layers the base has."""
-        return int(self.base_config.num_hidden_layers)
+    def layout(self) -> Layout:
+        """The sizes of the native model.
 
-    @property
-    def expert_size(self) -> int:
-        """Hidden features of a routed expert: of its networks side by side."""
-        return int(self.base_config.intermediate_size) * max(len(terms) for terms in self.routed)
-
-    @property
-    def shared_size(self) -> int:
-        """The same of the shared expert, which Qwen2-MoE always has; a small one of zeros adds nothing."""
+        A routed expert holds its networks side by side. A shared expert that adds nothing still has features:
+        at most 256, all of them zero.
+        """
         inner = int(self.base_config.intermediate_size)
-        return inner * len(self.shared) if self.shared else min(inner, 256)
+        return Layout(
+            base_config=self.base_config,
+            experts=len(self.routed),
+            top_k=self.top_k,
+            norm=self.norm,
+            expert_size=inner * max(len(terms) for terms in self.routed),
+            shared_size=inner * len(self.shared) if self.shared else min(inner, 256),
+            mixed=tuple(self.gates),
+        )
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer of the native model has experts."""
+        return layer in self.gates or not self.target.unmixed_layers
 
     def config(self, dtype: str) -> PreTrainedConfig:
-        """Of the native model."""
-        kind, base = _CONFIGS[self.kind], self.base_config.to_dict()
-        known = {one.name for one in fields(kind)} | {"head_dim"}  # type: ignore[arg-type]
-        own = {"architectures", "dtype", "model_type", "transformers_version", "torch_dtype", "name_or_path"}
-        kept = {key: value for key, value in base.items() if key in known - own}
-        made: dict[str, Any] = {"num_experts_per_tok": self.top_k, "router_aux_loss_coef": 0.0}
-        if self.kind == "mixtral":
-            made |= {"num_local_experts": len(self.routed)}
-        else:
-            made |= {
-                "num_experts": len(self.routed),
-                "moe_intermediate_size": self.expert_size,
-                "norm_topk_prob": self.norm,
-                "decoder_sparse_step": 1,
-                "mlp_only_layers": [n for n in range(self.layers) if n not in self.gates],
-            }
-        if self.kind == "qwen2-moe":
-            made |= {"shared_expert_intermediate_size": self.shared_size, "qkv_bias": True}
-        return kind(**{**kept, **made, "architectures": [CLASSES[self.kind]], "dtype": dtype})
+        """Return the config of the native model: the base's fields, and those of the target.
+
+        Args:
+            dtype: of the weights, as transformers writes it.
+        """
+        target, base_values = self.target, self.base_config.to_dict()
+        accepted = {item.name for item in fields(target.config_class)} | {"head_dim"}  # type: ignore[arg-type]  # transformers makes its configs dataclasses
+        accepted -= {
+            "architectures", "dtype", "model_type", "transformers_version", "torch_dtype", "name_or_path",
+        }  # fmt: skip
+        values = {key: value for key, value in base_values.items() if key in accepted}
+        values |= target.config_fields(self.layout)
+        return target.config_class(**{**values, "architectures": [target.architecture], "dtype": dtype})
 
 
 def make_plan(mixture: Mixture, base: Checkpoint, base_config: Any, to: str, approximate: bool) -> NativePlan:
@@ -122,59 +113,48 @@ def make_plan(mixture: Mixture, base: Checkpoint, base_config: Any, to: str, app
     Args:
         mixture: what is exported.
         base: its base.
-        base_config: as transformers reads it.
-        to: "native", or one of :data:`NATIVE`.
+        base_config: config of the base, as transformers reads it.
+        to: "native", or the name of a target.
         approximate: whether what cannot be represented may be replaced.
 
     Raises:
-        PeftMoeError: what cannot be represented, with all reasons.
+        PeftMoeError: the mixture cannot be represented; the message has all reasons.
     """
-    kind = _kind(to, str(base_config.model_type), base)
+    architecture = str((base.config.get("architectures") or [""])[0])
+    target = find_target(to, str(base_config.model_type), architecture, str(base.location))
     config = mixture.config
     if config.mixing != "block":
         raise PeftMoeError(
             f"{mixture.label} mixes at every linear layer (mixing='linear'), a native MoE whole feed-forward "
             "networks; train it with mixing='block', or export --to merged, distilled-lora or adapters"
         )
-    found = {name: FFN.fullmatch(name) for name in mixture.layers}
-    inside = sorted({int(match[1]) for match in found.values() if match})
-    if not inside:
+    networks = {name: FFN.fullmatch(name) for name in mixture.layers}
+    layers = sorted({int(match[1]) for match in networks.values() if match})
+    if not layers:
         raise PeftMoeError(f"{mixture.label} has no experts in feed-forward networks of {base.location}")
     hidden = int(base_config.hidden_size)
-    gates = {n: gate_of(mixture, f"model.layers.{n}.mlp", hidden) for n in inside}
+    gates = {n: gate_of(mixture, f"model.layers.{n}.mlp", hidden) for n in layers}
     settings = config.router_settings()
     columns = settings.num_columns
-    routed, shared, norm, obstacles = _terms(mixture, kind)
+    routed, shared, norm, obstacles = _terms(mixture, target)
     sparse = settings.top_k if settings.top_k is not None and config.scorer.reads_input else columns
     plan = NativePlan(
-        kind, base, base_config, mixture, gates, routed, shared, min(sparse, columns) or 1, norm,
-        [name for name, match in found.items() if match is None],
+        target, base, base_config, mixture, gates, routed, shared, min(sparse, columns) or 1, norm,
+        [name for name, match in networks.items() if match is None],
     )  # fmt: skip
-    plan.obstacles = [*obstacles, *_router_obstacles(plan), *_base_obstacles(plan)]
+    biases = [n for n in base.tensors if n.startswith("model.layers.") and n.endswith(".bias")]
+    plan.obstacles = [*obstacles, *_router_obstacles(plan)]
+    plan.obstacles += [Obstacle(reason) for reason in target.base_obstacles(base_config, biases)]
     _refuse(plan, approximate)
     return plan
 
 
-def _kind(to: str, base: str, checkpoint: Checkpoint) -> str:
-    fits = next((kind for kind, bases in NATIVE.items() if base in bases), None)
-    names = checkpoint.config.get("architectures") or [""]
-    if fits is None or not str(names[0]).endswith("ForCausalLM"):
-        raise PeftMoeError(
-            f"{checkpoint.location} is a {base} ({names[0]}): no native MoE has its layers; "
-            "those of llama and mistral become mixtral, qwen2 becomes qwen2-moe, qwen3 becomes qwen3-moe "
-            "(each ForCausalLM). Export --to distilled-lora or adapters, or serve it with peft_moe imported"
-        )
-    if to not in ("native", fits):
-        raise PeftMoeError(f"to={to!r}: the layers of {base} are those of {fits}; use --to {fits}")
-    return fits
-
-
-def _terms(mixture: Mixture, kind: str) -> tuple[list[Terms], Terms, bool, list[Obstacle]]:
-    """Networks of the routed experts, of the shared one, whether weights are renormalised, what is not."""
+def _terms(mixture: Mixture, target: NativeTarget) -> tuple[list[Terms], Terms, bool, list[Obstacle]]:
+    """Return routed experts, the shared expert, whether weights are renormalised, and the obstacles."""
     config, settings = mixture.config, mixture.config.router_settings()
     constant = not config.scorer.reads_input
     dense = settings.top_k is None or settings.top_k >= settings.num_columns
-    whole = constant or settings.norm_topk_prob or (settings.scoring_func == "softmax" and dense)
+    sums_to_one = constant or settings.norm_topk_prob or (settings.scoring_func == "softmax" and dense)
     scale, null = float(settings.scaling_factor), [((None, 1.0),)] if settings.null_expert else []
     plain: list[Terms] = [((e, 1.0),) for e in settings.routed]
     obstacles = []
@@ -187,10 +167,10 @@ def _terms(mixture: Mixture, kind: str) -> tuple[list[Terms], Terms, bool, list[
             Obstacle("layers differ in their experts or in top_k, such a model has one number for all")
         )
     always: Terms = tuple((e, 1.0) for e in settings.shared)
-    if whole and scale == 1 and not always:
+    if sums_to_one and scale == 1 and not always:
         return [*plain, *null], (), True, obstacles
-    if kind == "qwen2-moe":
-        if whole and scale == 1:
+    if target.shared_expert is not None:
+        if sums_to_one and scale == 1:
             return [*plain, *null], (*always, (None, -float(len(always)))), True, obstacles
         empty: list[Terms] = [((None, 0.0),)] if settings.null_expert else []
         changes: list[Terms] = [((e, scale), (None, -scale)) for e in settings.routed]
@@ -198,14 +178,16 @@ def _terms(mixture: Mixture, kind: str) -> tuple[list[Terms], Terms, bool, list[
         return [*changes, *empty], (*always, *rest), settings.norm_topk_prob, obstacles
     if always:
         obstacles.append(
-            Obstacle(f"shared experts {config.shared_experts} are always on, and {kind} has no such expert")
+            Obstacle(
+                f"shared experts {config.shared_experts} are always on, and {target.name} has no such expert"
+            )
         )
     if scale != 1:
         obstacles.append(Obstacle(f"routed_scaling_factor={scale:g} is not 1, the sum of the gates"))
-    if not whole:
+    if not sums_to_one:
         obstacles.append(
             Obstacle(
-                f"norm_topk_prob=False leaves what the gates leave to the base, and {kind} cannot",
+                f"norm_topk_prob=False leaves what the gates leave to the base, and {target.name} cannot",
                 "the kept weights are divided by their sum",
             )
         )
@@ -215,9 +197,9 @@ def _terms(mixture: Mixture, kind: str) -> tuple[list[Terms], Terms, bool, list[
 def _router_obstacles(plan: NativePlan) -> list[Obstacle]:
     reasons = list(dict.fromkeys(gate.reason for gate in plan.gates.values() if gate.reason))
     fitted = "a matrix is fitted to its scores by least squares on the texts"
-    found = [Obstacle(f"the router: {reason}", fitted) for reason in reasons]
+    obstacles = [Obstacle(f"the router: {reason}", fitted) for reason in reasons]
     if plan.outside:
-        found.append(
+        obstacles.append(
             Obstacle(
                 f"{len(plan.outside)} adapted modules lie in no feed-forward network ({plan.outside[0]}, …), "
                 "and such a model mixes nothing else",
@@ -226,23 +208,8 @@ def _router_obstacles(plan: NativePlan) -> list[Obstacle]:
         )
     extras = plan.mixture.extras()
     if extras:
-        found.append(Obstacle(f"it trained {len(extras)} tensors beside experts and routers"))
-    return found
-
-
-def _base_obstacles(plan: NativePlan) -> list[Obstacle]:
-    config, found = plan.base_config, []
-    biases = [n for n in plan.base.tensors if n.startswith("model.layers.") and n.endswith(".bias")]
-    if plan.kind == "mixtral" and biases:
-        found.append(Obstacle(f"the base has biases ({biases[0]}), and Mixtral has none"))
-    if any(FFN.fullmatch(name.removesuffix(".bias")) for name in biases) and plan.kind != "mixtral":
-        found.append(Obstacle("the base's feed-forward networks have biases, and those of experts have none"))
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if plan.kind == "qwen3-moe" and len(kinds) > 1:
-        found.append(
-            Obstacle("some layers of the base look through a window and others do not, in Qwen3-MoE all do")
-        )
-    return found
+        obstacles.append(Obstacle(f"it trained {len(extras)} tensors beside experts and routers"))
+    return obstacles
 
 
 def _refuse(plan: NativePlan, approximate: bool) -> None:
@@ -251,8 +218,10 @@ def _refuse(plan: NativePlan, approximate: bool) -> None:
         return
     reasons = "; ".join(one.reason for one in (hard if approximate else plan.obstacles))
     if hard:
-        ways = "export --to distilled-lora or adapters, or serve it with peft_moe imported"
+        advice = "export --to distilled-lora or adapters, or serve it with peft_moe imported"
     else:
         does = "; ".join(dict.fromkeys(str(one.instead) for one in plan.obstacles))
-        ways = f"--approximate writes a model that is near it and measures the gap ({does})"
-    raise PeftMoeError(f"{plan.mixture.label} is no {CLASSES[plan.kind]}: {reasons}. What works: {ways}")
+        advice = f"--approximate writes a model that is near it and measures the gap ({does})"
+    raise PeftMoeError(
+        f"{plan.mixture.label} is no {plan.target.architecture}: {reasons}. What works: {advice}"
+    )

@@ -1,0 +1,1 @@
+"""Native MoE architectures, one file each; every file of this folder is imported and registers its target."""
