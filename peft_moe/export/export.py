@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from ..errors import PeftMoeError, near_matches
 from ..io.atomic import check_new_folder, new_folder
+from ..io.dtypes import NAMED_DTYPES
 from ..io.json_files import write_json
 from ..io.shards import read_size
 from ..io.values import is_count, optional
@@ -24,7 +25,6 @@ from .native.native import export_native, plan_native
 from .native.target import native_targets
 from .report import REPORT_FILE, ExportReport
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Which options each kind has; one that would have no effect is refused.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("gates", "rank", "dtype"),
@@ -86,50 +86,53 @@ def export(
     Raises:
         PeftMoeError: what cannot be exported so, with the ways that work; nothing is written.
     """
-    given = {"gates": gates, "rank": rank, "base": base, "dtype": dtype, "distillation": distillation,
-             "approximate": approximate or None, "data": data, "max_shard_size": max_shard_size}  # fmt: skip
-    _check(to, given)
-    found = open_mixture(mixture, adapter)
-    inputs = [path for path in (found.folder, base, found.base) if path and os.path.isdir(path)]
-    place = check_new_folder(out, inputs, overwrite=overwrite)
+    options: dict[str, Any] = {"gates": gates, "rank": rank, "base": base, "dtype": dtype, "data": data}
+    options |= {"distillation": distillation, "approximate": approximate or None}
+    options |= {"max_shard_size": max_shard_size}
+    _check(to, options)
+    opened = open_mixture(mixture, adapter)
+    inputs = [path for path in (opened.folder, base, opened.base) if path and os.path.isdir(path)]
+    target_folder = check_new_folder(out, inputs, overwrite=overwrite)
     if to == "distilled-lora":
-        check_distillation(found, rank, distillation)
-    kept = _DTYPES[dtype] if dtype is not None else None
-    report = ExportReport(to, found.label, place, base or found.base, found.config.expert_names)
+        check_distillation(opened, rank, distillation)
+    new_dtype = NAMED_DTYPES[dtype] if dtype is not None else None
+    report = ExportReport(to, opened.label, target_folder, base or opened.base, opened.config.expert_names)
     if to in native_kinds():
-        return _native(found, report, to, given, kept)
-    _write(found, report, given, kept)
+        return _native(opened, report, to, options, new_dtype)
+    _write(opened, report, options, new_dtype)
     return report
 
 
-def _write(found: Mixture, report: ExportReport, given: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    gates, rank, base, to = given["gates"], given["rank"], given["base"], report.kind
+def _write(
+    opened: Mixture, report: ExportReport, options: Mapping[str, Any], dtype: torch.dtype | None
+) -> None:
+    gates, rank, base, to = options["gates"], options["rank"], options["base"], report.kind
     with new_folder(report.out) as folder:
         if to == "lora":
-            export_lora(found, folder, report, gates=gates, rank=rank, dtype=dtype)
+            export_lora(opened, folder, report, gates=gates, rank=rank, dtype=dtype)
         elif to == "merged":
-            export_merged(found, folder, report, gates=gates, base=base, dtype=dtype)
+            export_merged(opened, folder, report, gates=gates, base=base, dtype=dtype)
         elif to == "adapters":
-            export_adapters(found, folder, report)
+            export_adapters(opened, folder, report)
         else:
-            how = given["distillation"]
-            export_distilled(found, folder, report, rank=rank, base=base, dtype=dtype, how=how)
+            how = options["distillation"]
+            export_distilled(opened, folder, report, rank=rank, base=base, dtype=dtype, how=how)
         write_json(folder / REPORT_FILE, report.to_dict(), indent=2, strict=True)
 
 
 def _native(
-    found: Mixture, report: ExportReport, to: str, given: Mapping[str, Any], dtype: torch.dtype | None
+    opened: Mixture, report: ExportReport, to: str, options: Mapping[str, Any], dtype: torch.dtype | None
 ) -> ExportReport:
     """A native MoE; all that can be refused is refused before its folder is begun."""
-    most_bytes = read_size(given["max_shard_size"] or "5GB")
-    approximate, data, base = bool(given["approximate"]), given["data"], given["base"]
-    plan = plan_native(found, to, base, approximate)
+    most_bytes = read_size(options["max_shard_size"] or "5GB")
+    approximate, data, base = bool(options["approximate"]), options["data"], options["base"]
+    plan = plan_native(opened, to, base, approximate)
     evidence = None
     if plan.obstacles or approximate or data is not None:
-        evidence = gather_evidence(found, plan, data, base, dtype, report)
+        evidence = gather_evidence(opened, plan, data, base, dtype, report)
     report.kind = plan.target.name
     with new_folder(report.out) as folder:
-        export_native(found, folder, report, evidence, plan, dtype=dtype, most_bytes=most_bytes)
+        export_native(opened, folder, report, evidence, plan, dtype=dtype, most_bytes=most_bytes)
         write_json(folder / REPORT_FILE, report.to_dict(), indent=2, strict=True)
     return report
 
@@ -147,5 +150,5 @@ def _check(to: str, options: Mapping[str, Any]) -> None:
     rank, dtype = options["rank"], options["dtype"]
     if not optional(is_count)(rank):
         raise PeftMoeError(f"rank={rank!r} must be a whole number of at least 1")
-    if dtype is not None and dtype not in _DTYPES:
-        raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(str(dtype), _DTYPES)}")
+    if dtype is not None and dtype not in NAMED_DTYPES:
+        raise PeftMoeError(f"dtype={dtype!r} is not known.{near_matches(str(dtype), NAMED_DTYPES)}")

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from ...errors import PeftMoeError
 from ...io.checkpoint import MODEL_CONFIG, Checkpoint, quiet_transformers
+from ...io.dtypes import FILE_DTYPES
 from ...io.json_files import write_json
 from ...io.shards import Piece, write_shards
 from ...tuner.saving.base_identity import check_base_values
@@ -30,7 +31,6 @@ from .gap import Evidence, measure_gap
 from .plan import NativePlan, Terms, make_plan
 from .target import FFN
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -52,8 +52,8 @@ def export_native(
     weights = Weights(plan, dtype, evidence)
     write_shards(folder, list(weights.pieces()), most_bytes)
     _write_config(plan, folder, str(weights.dtype)[6:])
-    for place in (plan.base.folder, mixture.folder):
-        take_along(place, folder)
+    for source in (plan.base.folder, mixture.folder):
+        take_along(source, folder)
     report.notes += _notes(plan, weights)
     if evidence is not None:
         report.measured = measure_gap(evidence, folder)
@@ -75,8 +75,8 @@ def plan_native(mixture: Mixture, to: str, base: str | None, approximate: bool) 
     _check_sizes(plan)
     saved = mixture.config.base_fingerprint
     if saved is not None and not mixture.config.allow_base_mismatch:
-        wanted = [name for name in saved.get("values", {}) if name in checkpoint.tensors]
-        tensors = {name: _read(checkpoint, name) for name in wanted}
+        names = [name for name in saved.get("values", {}) if name in checkpoint.tensors]
+        tensors = {name: _read(checkpoint, name) for name in names}
         check_base_values(saved, tensors, matrices=mixture.config.base_precision in (None, "full"))
     return plan
 
@@ -86,12 +86,12 @@ class Weights:
 
     def __init__(self, plan: NativePlan, dtype: torch.dtype | None, evidence: Evidence | None) -> None:
         self.plan, self.evidence = plan, evidence
-        self.dtype = dtype or _DTYPES[plan.base.dtype]
+        self.dtype = dtype or FILE_DTYPES[plan.base.dtype]
 
     def pieces(self) -> Iterator[Piece]:
         """In the base's order; a network's experts stand where the network stood."""
         for name, at in self.plan.base.tensors.items():
-            if at.dtype not in _DTYPES or name.endswith("rotary_emb.inv_freq"):
+            if at.dtype not in FILE_DTYPES or name.endswith("rotary_emb.inv_freq"):
                 continue  # counted, not learnt
             match = FFN.fullmatch(name.removesuffix(".weight"))
             layer = int(match[1]) if match else None
@@ -133,9 +133,9 @@ class Weights:
         for expert, factor in terms:
             weight = self._changed(f"model.layers.{layer}.mlp.{linear}", expert)
             parts.append(weight if factor == 1 or not axis else weight.float() * factor)
-        found = torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]
-        missing = shape[axis] - found.shape[axis]
-        return torch.nn.functional.pad(found, (0, missing) if axis else (0, 0, 0, missing))
+        joined = torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]
+        missing = shape[axis] - joined.shape[axis]
+        return torch.nn.functional.pad(joined, (0, missing) if axis else (0, 0, 0, missing))
 
     def _changed(self, module: str, expert: int | None) -> Tensor:
         """The base's weight [O, I] with an expert's change, summed in float32 or wider."""

@@ -5,8 +5,9 @@ A block mixture computes
     y = FFN(x) + Σ_shared (FFN_s - FFN) + λ Σ_k p_k (FFN_k - FFN)
 
 If the routed weights sum to 1, λ is 1 and no expert is shared, this is Σ p_k FFN_k, which any MoE computes.
-A target with a shared expert can represent the other cases exactly, too. The sigmoid gate of that expert is 1/2
-at tiny weights, so with its last matrix doubled it adds any sum of networks that stand side by side in it.
+A target with a shared expert can represent the other cases exactly, too. The sigmoid gate of that expert is
+1/2 at tiny weights, so with its last matrix doubled it adds any sum of networks that stand side by side in
+it.
 """
 
 from __future__ import annotations
@@ -213,14 +214,14 @@ def _router_obstacles(plan: NativePlan) -> list[Obstacle]:
 
 
 def _refuse(plan: NativePlan, approximate: bool) -> None:
-    hard = [one for one in plan.obstacles if one.instead is None]
+    hard = [obstacle for obstacle in plan.obstacles if obstacle.instead is None]
     if not hard and (approximate or not plan.obstacles):
         return
-    reasons = "; ".join(one.reason for one in (hard if approximate else plan.obstacles))
+    reasons = "; ".join(obstacle.reason for obstacle in (hard if approximate else plan.obstacles))
     if hard:
         advice = "export --to distilled-lora or adapters, or serve it with peft_moe imported"
     else:
-        does = "; ".join(dict.fromkeys(str(one.instead) for one in plan.obstacles))
+        does = "; ".join(dict.fromkeys(str(obstacle.instead) for obstacle in plan.obstacles))
         advice = f"--approximate writes a model that is near it and measures the gap ({does})"
     raise PeftMoeError(
         f"{plan.mixture.label} is no {plan.target.architecture}: {reasons}. What works: {advice}"

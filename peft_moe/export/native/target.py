@@ -1,7 +1,7 @@
 """What one native MoE architecture is to the export, and the registry of all of them.
 
-A target is one class in one file of ``targets/``, with :func:`register_target` above it. The rest of the export
-plans, streams weights, writes the config and measures the gap without knowing any architecture.
+A target is one class in one file of ``targets/``, with :func:`register_target` above it. The rest of the
+export plans, streams weights, writes the config and measures the gap without knowing any architecture.
 """
 
 from __future__ import annotations
