@@ -160,7 +160,7 @@ def _check_gradients(name: str) -> None:
         return
     _require(bool(parameters), "trainable is True, but there are no parameters; set trainable = False")
     weights = torch.linspace(-1, 2, EXPERTS)
-    (_decide(router, _tokens()).gates * weights).sum().backward()
+    (_decide(router, _tokens()).gates * weights).sum().backward()  # type: ignore[no-untyped-call]  # untyped, torch's
     for key, value in parameters.items():
         reached = value.grad is not None and bool(value.grad.abs().max() > 0)
         _require(reached or not value.requires_grad, f"no gradient reaches parameter {key!r}")

@@ -142,7 +142,7 @@ def _fitted_row(column: int, scorer: Scorer, inputs: InputStatistics, strength: 
         return total
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)  # type: ignore[no-untyped-call]  # untyped, torch's
     weight_I = row_I.detach() / std_I
     return _with_row(scorer, column, weight=weight_I, bias=bias.detach() - weight_I @ mean_I)
 

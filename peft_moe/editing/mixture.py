@@ -175,11 +175,11 @@ class LiveMixture:
 
 
 def _find(model: nn.Module, adapter_name: str | None) -> tuple[str, MoLoraConfig]:
-    configs: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}  # type: ignore[assignment]
+    configs: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}
     names = [adapter_name] if adapter_name is not None else model.active_adapters if configs else []
     for name in names:  # type: ignore[union-attr]
-        if isinstance(configs.get(name), MoLoraConfig):  # type: ignore[arg-type]
-            return name, configs[name]  # type: ignore[return-value,index]
+        if isinstance(configs.get(name), MoLoraConfig):
+            return name, configs[name]
     raise PeftMoeError(
         f"{type(model).__name__} carries no mixture named {names}; its adapters are {sorted(configs)}. Pass "
         "the PeftModel, and adapter_name where the mixture is not the active one"

@@ -205,7 +205,7 @@ def _without_mixture(teacher: PeftModel) -> nn.Module:
     """The base alone, as modules of its own over the same weights."""
     shared: dict[int, Any] = {id(t): t for t in [*teacher.parameters(), *teacher.buffers()]}
     base: Any = copy.deepcopy(teacher, shared).unload()
-    return base.requires_grad_(False)  # type: ignore[no-any-return]
+    return base.requires_grad_(False)
 
 
 def _by_module(mixture: Mixture, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

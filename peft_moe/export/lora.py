@@ -46,7 +46,7 @@ class Folded:
     ) -> None:
         self.mixture, self.rank, self.dtype = mixture, rank, dtype
         scales = {m: scaled_ranks(gates[m], ranks) for m, ranks in mixture.layers.items()}
-        kept = {s for scales_R in scales.values() for s in scales_R.unique().tolist() if s}
+        kept = {s for scales_R in scales.values() for s in scales_R.unique().tolist() if s}  # type: ignore[no-untyped-call]  # untyped, torch's
         if not kept:
             raise PeftMoeError(f"every gate of {mixture.label} is 0, which is the base alone")
         # One scale for all of them can stand in alpha: then no number of the experts changes.

@@ -210,7 +210,7 @@ def _from_folder(mixture: str | os.PathLike[str]) -> Mixture:
         )
     path = source.file(WEIGHTS_FILE)
     try:
-        file: Any = safe_open(path, framework="pt", device="cpu").__enter__()
+        file: Any = safe_open(path, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]  # untyped, safetensors'
         names = frozenset(file.keys())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise PeftMoeError(

@@ -176,7 +176,7 @@ def _method(method: str | None, inputs: str, config: MoLoraConfig) -> str:
 
 
 def _mixture(model: nn.Module, adapter_name: str | None) -> tuple[str, MoLoraConfig]:
-    configs: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}  # type: ignore[assignment]
+    configs: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}
     active = model.active_adapters if isinstance(model, PeftModel) else []
     names = active if adapter_name is None else [adapter_name]
     for name in names:

@@ -93,7 +93,7 @@ def write_lora(
         auto_mapping: the class of the base, where the config names no task.
     """
     save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}  # type: ignore[no-untyped-call]  # untyped, PEFT's
     if auto_mapping:
         values["auto_mapping"] = dict(auto_mapping)
     write_json(folder / CONFIG_FILE, values, indent=2, strict=True)

@@ -139,7 +139,7 @@ class Checkpoint:
         try:
             with quiet_transformers(), init_empty_weights(include_buffers=False):
                 config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-                return kind(config).eval()
+                return kind(config).eval()  # type: ignore[no-untyped-call]  # untyped, transformers' and torch's
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             what = f"{MODEL_CONFIG} does not make a {kind.__name__}: {str(error).splitlines()[0]}"
             raise model_refusal(self.location, what, "repair it, or upgrade transformers") from error
@@ -149,14 +149,14 @@ class Checkpoint:
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' remarks and bars while many small things are made."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped, transformers' and torch's
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped, transformers' and torch's
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped, transformers' and torch's
 
 
 def _folder(location: str, download: bool) -> str:

@@ -20,7 +20,7 @@ from ..experts.config_rules import check_config
 from ..experts.extraction.pairs import LINEAR, ExtractionPlan, plan_extraction
 from ..experts.extraction.svd import EXACT_UP_TO, RankRule
 from ..experts.spec import ExpertSpec
-from ..experts.tensor_checks import PREFIX
+from ..io.adapter_files import PREFIX
 from ..io.checkpoint import MODEL_CONFIG, Checkpoint
 from ..io.dtypes import FILE_BYTES, NAMED_DTYPES
 from ..io.sources import CONFIG_FILE, WEIGHTS_FILE, Source, find_source, read_config

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 GRAIN = 512
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped, torch's
     """While entered, follows every new tensor from the operation that makes it until nobody holds it.
 
     Attributes:
@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterator[Tensor]) -> None:
         """``known`` are tensors that were there before, and are not counted."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped, torch's
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
         for tensor in known:

@@ -129,7 +129,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, precision: Prec
         config = type(config).from_dict({**config.to_dict(), "quantization_config": None})
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]  # untyped, transformers'
     except ValueError as error:
         raise PeftMoeError(
             f"model_type={config.model_type!r} is no causal language model, the only kind that memory can be "

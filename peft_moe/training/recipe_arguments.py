@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from datasets import Dataset
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser  # type: ignore[attr-defined]  # trl exports it lazily
 
 from ..errors import PeftMoeError, near_matches
 from ..io.strict_yaml import read_yaml
@@ -108,7 +108,7 @@ def by_domain(metrics: Mapping[str, float], domains: Iterable[str], metric: str)
     return {domain: round(metrics[name], 4) for domain, name in names.items() if name in metrics}
 
 
-class StrictTrlParser(TrlParser):  # type: ignore[misc]  # trl is untyped here
+class StrictTrlParser(TrlParser):
     """TRL's ``TrlParser`` with a strict YAML reader; TRL's own silently keeps the last of two equal keys."""
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *more: Any, **named: Any) -> Any:

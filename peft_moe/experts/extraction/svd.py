@@ -178,7 +178,7 @@ def row_blocks(tensor: Tensor) -> tuple[Tensor, ...]:
     """``tensor`` in blocks of whole rows, views of about a megabyte in float32."""
     if not tensor.dim():
         return (tensor,)
-    return tensor.split(max(1, _BLOCK * len(tensor) // max(1, tensor.numel())))
+    return tensor.split(max(1, _BLOCK * len(tensor) // max(1, tensor.numel())))  # type: ignore[no-untyped-call]  # untyped, torch's
 
 
 def threshold(S: Tensor, block: tuple[int, ...], shape: tuple[int, ...]) -> float:

@@ -99,7 +99,7 @@ class NativePlan:
             dtype: of the weights, as transformers writes it.
         """
         target, base_values = self.target, self.base_config.to_dict()
-        accepted = {item.name for item in fields(target.config_class)} | {"head_dim"}  # type: ignore[arg-type]  # transformers makes its configs dataclasses
+        accepted = {item.name for item in fields(target.config_class)} | {"head_dim"}
         accepted -= {
             "architectures", "dtype", "model_type", "transformers_version", "torch_dtype", "name_or_path",
         }  # fmt: skip

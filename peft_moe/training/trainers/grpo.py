@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import GRPOTrainer
+from trl import GRPOTrainer  # type: ignore[attr-defined]  # trl exports it lazily
 
 from ...errors import PeftMoeError
 from ...routing.context import routing_inputs

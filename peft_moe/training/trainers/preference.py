@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer  # type: ignore[attr-defined]  # trl exports it lazily
 
 from ...errors import PeftMoeError
 from .reference_mixin import ReferenceMixin, replaced_arguments

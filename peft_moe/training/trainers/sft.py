@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trl import SFTTrainer
+from trl import SFTTrainer  # type: ignore[attr-defined]  # trl exports it lazily
 
 from .router_mixin import RouterTrainerMixin
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # trl exports it lazily
 
 from ...routers.losses import distillation_kl
 from ...routing.context import RoutingRecord, record_routing, routing_inputs
@@ -20,7 +20,7 @@ from ...routing.model_call import IGNORE
 from .scored_tokens import at_scored_tokens, evaluation_mode, logits_call, per_scored_token, scored_logits
 
 
-class ImitationTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
+class ImitationTrainer(SFTTrainer):
     """TRL's trainer with the loss ``T² · KL(teacher ‖ student)`` over the scored tokens.
 
     Args:

@@ -100,7 +100,7 @@ class MoLoraConfig(MixtureFields):
         Raises:
             PeftMoeError: either file is damaged, or they do not belong together.
         """
-        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if isinstance(config, cls) and config.experts_embedded:
             folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
             check_weights_file(folder, config.specs(), all_everywhere=config.experts_per_layer is None)
@@ -126,7 +126,7 @@ class MoLoraConfig(MixtureFields):
 
         def write(beside: Path) -> None:
             with tempfile.TemporaryDirectory(dir=place, prefix=".config.") as scratch:
-                super(MoLoraConfig, saved).save_pretrained(scratch, **kwargs)  # type: ignore[no-untyped-call]
+                super(MoLoraConfig, saved).save_pretrained(scratch, **kwargs)
                 os.rename(os.path.join(scratch, CONFIG_NAME), beside)
 
         replace_file(place / CONFIG_NAME, write)

@@ -43,7 +43,7 @@ class LoadVerifier:
         self.configs: dict[str, MoLoraConfig] = {}
         self.unchecked: dict[str, set[str]] = {}
         self.snapshots: dict[str, Snapshot] = {}
-        self.handles = [model.register_load_state_dict_pre_hook(self._at_load)]
+        self.handles = [model.register_load_state_dict_pre_hook(self._at_load)]  # type: ignore[no-untyped-call]  # untyped, torch's
         # Forward passes have a hook only while a load is unchecked.
         self._forward_hook: Any = None
 
